@@ -1,0 +1,87 @@
+"""Which rows of a Megatron linear are which Hugging Face projection. Pure arithmetic, no process group.
+
+Megatron fuses q, k, v into ``linear_qkv`` and gate, up into ``linear_fc1``. The rows of one projection lie in
+``count`` runs of ``length`` rows, ``stride`` apart, in a full weight and in a tensor-parallel shard alike:
+
+    linear_qkv, G query groups, d head_dim, h heads per group     one run per group
+        [q q .. q k v] [q q .. q k v] ...                         q: (0, h*d)  k: (h*d, d)  v: (h*d + d, d), stride (h+2)*d
+    linear_fc1 (gated), F rows per shard and half                 one run
+        [gate; up]                                                gate: (0, F)  up: (F, F)
+
+A shard of a projection is a contiguous chunk of that projection's Hugging Face rows, so gathering over
+tensor-parallel ranks is: take the part, concatenate on dim 0. Concatenating shards of the fused weight itself
+interleaves gate and up (design hazard 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a linear that are one projection: ``count`` runs of ``length`` rows, the first at ``start``."""
+
+    name: str
+    """Hugging Face leaf name, for example ``q_proj``."""
+    start: int
+    length: int
+    stride: int
+    """Distance in rows between the starts of two runs. With ``count > 1``, ``count * stride`` is all the rows."""
+    count: int
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return self.length * self.count
+
+    def index(self) -> torch.Tensor:
+        """Row numbers in the fused weight, in Hugging Face order. int64 [size]."""
+        runs = torch.arange(self.count)[:, None] * self.stride + self.start
+        return (runs + torch.arange(self.length)).reshape(-1)
+
+    def take(self, weight: torch.Tensor) -> torch.Tensor:
+        """Copy this part's rows out of a fused [rows, ...] tensor, in Hugging Face order: [size, ...]."""
+        return weight[self.index().to(weight.device)]
+
+    def put(self, weight: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write [size, ...] rows, in Hugging Face order, to their places in a fused [rows, ...] tensor."""
+        if rows.shape[0] != self.size:
+            raise ValueError(f"{self.name}: expected {self.size} rows, got {rows.shape[0]}")
+        weight[self.index().to(weight.device)] = rows.to(weight)
+
+    def columns(self, x_NO: torch.Tensor) -> torch.Tensor:
+        """View of these output features in a [N, O] activation: [N, size] for one run, else [count, N, length]."""
+        if self.count == 1:
+            return x_NO[:, self.start : self.start + self.length]
+        runs_NCL = x_NO.view(-1, self.count, self.stride)[:, :, self.start : self.start + self.length]
+        return runs_NCL.transpose(0, 1)
+
+
+def whole(name: str, rows: int) -> Part:
+    """A linear that is one projection (``linear_proj``, ``linear_fc2``), or a fused one taken as a whole."""
+    return Part(name, 0, rows, rows, 1)
+
+
+def qkv_parts(num_heads: int, num_query_groups: int, head_dim: int, names=("q_proj", "k_proj", "v_proj")) -> tuple:
+    """Parts of ``linear_qkv``; full counts for a full weight, per-rank counts for a shard."""
+    if num_heads % num_query_groups:
+        raise ValueError(f"{num_heads} attention heads are not a multiple of {num_query_groups} query groups")
+    q_rows = num_heads // num_query_groups * head_dim
+    stride = q_rows + 2 * head_dim
+    q, k, v = names
+    return (
+        Part(q, 0, q_rows, stride, num_query_groups),
+        Part(k, q_rows, head_dim, stride, num_query_groups),
+        Part(v, q_rows + head_dim, head_dim, stride, num_query_groups),
+    )
+
+
+def gated_parts(rows: int, names=("gate_proj", "up_proj")) -> tuple:
+    """Parts of a gated ``linear_fc1`` (full or shard) of ``rows`` rows: [gate; up]."""
+    if rows % 2:
+        raise ValueError(f"a gated linear has an even number of rows, got {rows}")
+    gate, up = names
+    return (Part(gate, 0, rows // 2, rows, 1), Part(up, rows // 2, rows // 2, rows, 1))
