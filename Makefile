@@ -1,0 +1,60 @@
+# Every target sets itself up in .venv, from python3 with venv and pip alone. `make` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.slime-lora-ready
+READY_ALL := $(VENV)/.slime-lora-ready-all
+# CPU pins only where there is no CUDA device: on a GPU machine the torch that is there must stay.
+CONSTRAINTS := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' || echo '-c constraints-cpu.txt')
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(CONSTRAINTS)
+REHEARSE_ARGS ?=
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help rehearse test test-all lint bench clean
+
+help:
+	@echo "make rehearse   LoRA RL on a small tensor-parallel model; ends in a PEFT adapter under runs/rehearsal"
+	@echo "                (flags for it: make rehearse REHEARSE_ARGS='--tp 2 --sp')"
+	@echo "make test       the tests that take minutes (flags for pytest: PYTEST_ARGS='-k layout')"
+	@echo "make test-all   all of them, the slow ones too"
+	@echo "make lint       ruff: rules and format"
+	@echo "make bench      step time, communicated bytes, checkpoint size; JSON in bench/out"
+	@echo "make clean      remove .venv, caches and bench/out (runs/ stays)"
+
+$(READY): pyproject.toml constraints-cpu.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.10; name another: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+		{ echo "error: $(PYTHON) has no venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "setting up $(VENV) (once; a few minutes) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -e '.[rehearsal,test]'
+	@touch $@
+
+# DeepSpeed is an sdist; without its compiled ops it is pure Python. bitsandbytes holds its CPU kernels in the wheel.
+$(READY_ALL): $(READY)
+	@echo "adding the packages that only the slow tests compare with ..."
+	@DS_BUILD_OPS=0 $(PIP) -e '.[rehearsal,test,quant,deepspeed]'
+	@touch $@
+
+rehearse: $(READY)
+	@$(BIN)/slime-lora rehearse $(REHEARSE_ARGS)
+
+test: $(READY)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: $(READY_ALL)
+	@$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@bash -n .ci/run examples/lora/*.sh
+
+bench: $(READY)
+	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache bench/out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
