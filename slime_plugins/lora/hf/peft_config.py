@@ -1,0 +1,113 @@
+"""What an ``adapter_config.json`` says about one module: is it a target, its rank, its scale. Pure.
+
+The rules are PEFT's (0.21, ``tuners_utils.check_target_module_exists``, ``utils.other.get_pattern_key``), kept here
+so that neither reading nor checking an adapter imports peft.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+PREFIX = "base_model.model."
+
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(?:\.default)?\.weight")
+
+
+def parse_key(key: str) -> tuple[str, str] | None:
+    """``base_model.model.<module>.lora_A.weight`` -> ``(module, "A")``; None for any other key.
+
+    The spelling of a live model, ``lora_A.default.weight``, is read too.
+    """
+    match = _KEY.fullmatch(key)
+    return (match["module"], match["half"]) if match else None
+
+
+def key_of(module: str, half: str) -> str:
+    """``("model.layers.0.mlp.up_proj", "B")`` -> ``base_model.model.model.layers.0.mlp.up_proj.lora_B.weight``."""
+    return f"{PREFIX}{module}.lora_{half}.weight"
+
+
+def flat_config(
+    rank: int, alpha: float, target_modules: Iterable[str], base_model_name_or_path: str, task_type="CAUSAL_LM"
+) -> dict[str, Any]:
+    """The config that every server reads alike: one r, one lora_alpha, a list of names, no patterns, no rsLoRA."""
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model_name_or_path,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(target_modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+
+
+def is_target(config: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT would put an adapter on ``module`` (a linear of the base)."""
+    excluded = config.get("exclude_modules")
+    if excluded and (re.fullmatch(excluded, module) if isinstance(excluded, str) else _ends_with(module, excluded)):
+        return False
+    targets = config.get("target_modules") or []
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, module) is not None
+    if module in targets:
+        return True
+    return _ends_with(module, targets) and _in_layers(config, module)
+
+
+def module_rank(config: Mapping[str, Any], module: str) -> int:
+    """Rank of the adapter on ``module``: its ``rank_pattern`` entry, else ``r``."""
+    return _pattern_value(config.get("rank_pattern"), module, config["r"])
+
+
+def module_alpha(config: Mapping[str, Any], module: str) -> float:
+    """alpha of the adapter on ``module``: its ``alpha_pattern`` entry, else ``lora_alpha``."""
+    return _pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
+
+
+def module_scaling(config: Mapping[str, Any], module: str) -> float:
+    """alpha / rank, or alpha / sqrt(rank) with ``use_rslora`` (arXiv:2312.03732)."""
+    rank = module_rank(config, module)
+    return module_alpha(config, module) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def target_list(adapted: Iterable[str], base_linears: Iterable[str]) -> list[str]:
+    """The shortest ``target_modules`` that selects exactly ``adapted`` among ``base_linears``.
+
+    A leaf name (``q_proj``) where every module of that name is adapted, full names otherwise.
+    """
+    adapted = set(adapted)
+    others = {name.rpartition(".")[2] for name in base_linears if name not in adapted}
+    return sorted({name if (leaf := name.rpartition(".")[2]) in others else leaf for name in adapted})
+
+
+def _ends_with(module: str, names: Iterable[str]) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _in_layers(config: Mapping[str, Any], module: str) -> bool:
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
+        if match:
+            return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+    return False
+
+
+def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
