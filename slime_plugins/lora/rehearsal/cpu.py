@@ -1,0 +1,131 @@
+"""Megatron-Core on gloo and host memory: stand-ins for the ``torch.cuda`` calls that it makes unconditionally.
+
+Only for processes that ask for it with ``enable()``, before they import ``megatron``. Everything that computes is
+Megatron's own code; what is replaced is where a tensor lives, streams, events, and the device's random state (on a
+CPU: the one CPU generator, so that Megatron's RNG tracker and activation recomputation work as written).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import types
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = (
+    "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like rand rand_like "
+    "randint randn randn_like randperm tensor zeros zeros_like"
+)
+_METHODS = "new_empty new_full new_ones new_tensor new_zeros to"
+_NO_OPS = "empty_cache init ipc_collect manual_seed_all reset_peak_memory_stats set_device synchronize"
+
+
+class _Stream:
+    """A CUDA stream or event on a machine where every operation has finished when it returns."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def elapsed_time(self, other) -> float:
+        return 0.0
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event=None):
+        return event or _Stream()
+
+    def record(self, *args):
+        pass
+
+    synchronize = wait = wait_event = wait_stream = record
+
+
+def enable() -> bool:
+    """Let this process run Megatron-Core without a GPU. True if the stand-ins are active afterwards.
+
+    Does nothing and returns False where CUDA is available. A second call changes nothing.
+    """
+    if getattr(torch.cuda, "_slime_lora_cpu", False):
+        return True
+    if torch.cuda.is_available():
+        return False
+    for name in _FACTORIES.split():
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    for name in _METHODS.split():
+        setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
+    torch.Tensor.type = _type_as_on_gpu(torch.Tensor.type)
+    torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.pin_memory = lambda self, *args: self
+    torch.Tensor.record_stream = lambda self, stream: None
+    # torch.compile would call a C++ compiler in every process, and importing it is half of Megatron's import time.
+    torch.compile = lambda model=None, **kwargs: (lambda fn: fn) if model is None else model
+    _replace_cuda()
+    return True
+
+
+def _replace_cuda() -> None:
+    cuda = torch.cuda
+    for name in _NO_OPS.split():
+        # One function per name: torch's own tables refuse a function that is registered twice.
+        setattr(cuda, name, lambda *args, **kwargs: None)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        setattr(cuda, name, lambda *args, **kwargs: 0)
+    cuda.current_device = lambda: _CPU
+    cuda.device_count = lambda: 1
+    cuda.get_device_capability = lambda device=None: (8, 0)
+    cuda.get_device_properties = lambda device=None: types.SimpleNamespace(name="cpu", major=8, minor=0)
+    cuda.Stream = cuda.Event = _Stream
+    cuda.current_stream = cuda.default_stream = lambda device=None: _Stream()
+    cuda.stream = cuda.device = lambda target: contextlib.nullcontext()
+    cuda.nvtx.range_push, cuda.nvtx.range_pop = lambda message: None, lambda: None
+
+    def get_rng_state(*args, **kwargs) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(new_state: torch.Tensor, *args, **kwargs) -> None:
+        torch.set_rng_state(new_state)
+
+    cuda.get_rng_state = cuda.random.get_rng_state = get_rng_state
+    cuda.set_rng_state = cuda.random.set_rng_state = set_rng_state
+    # Not torch.manual_seed: that one seeds the devices too, through these very functions.
+    cuda.manual_seed = torch.default_generator.manual_seed
+    cuda._slime_lora_cpu = True
+    # Megatron sets device states through torch's C bindings.
+    megatron_random = importlib.import_module("megatron.core.tensor_parallel.random")
+    megatron_random._get_cuda_rng_state, megatron_random._set_cuda_rng_state = get_rng_state, set_rng_state
+
+
+def _on_cpu(fn):
+    """``fn`` with every CUDA device among its arguments replaced."""
+
+    def moved(value):
+        if isinstance(value, str) and value.startswith("cuda"):
+            return _CPU
+        return _CPU if isinstance(value, torch.device) and value.type == "cuda" else value
+
+    @functools.wraps(fn)
+    def wrapper(*args, **kwargs):
+        if "device" in kwargs:
+            kwargs["device"] = moved(kwargs["device"])
+        kwargs.pop("pin_memory", None)
+        if len(args) > 1:  # Tensor.to(device)
+            args = (args[0], moved(args[1]), *args[2:])
+        return fn(*args, **kwargs)
+
+    return wrapper
+
+
+def _type_as_on_gpu(real):
+    """``Tensor.type`` that answers ``torch.cuda.FloatTensor``: DistributedOptimizer compares that string."""
+
+    @functools.wraps(real)
+    def wrapper(self, dtype=None, *args, **kwargs):
+        if dtype is not None:
+            return real(self, dtype, *args, **kwargs)
+        return real(self).replace("torch.", "torch.cuda.", 1)
+
+    return wrapper
