@@ -3,10 +3,10 @@
 Megatron fuses q, k, v into ``linear_qkv`` and gate, up into ``linear_fc1``. The rows of one projection lie in
 ``count`` runs of ``length`` rows, ``stride`` apart, in a full weight and in a tensor-parallel shard alike:
 
-    linear_qkv, G query groups, d head_dim, h heads per group     one run per group
-        [q q .. q k v] [q q .. q k v] ...                         q: (0, h*d)  k: (h*d, d)  v: (h*d + d, d), stride (h+2)*d
-    linear_fc1 (gated), F rows per shard and half                 one run
-        [gate; up]                                                gate: (0, F)  up: (F, F)
+    linear_qkv: one run per query group, of h heads of d features
+        [q q .. q k v] [q q .. q k v] ...    q: (0, h*d)  k: (h*d, d)  v: (h*d + d, d), stride (h+2)*d
+    linear_fc1, gated: one run each, F rows per shard and half
+        [gate; up]                           gate: (0, F)  up: (F, F)
 
 A shard of a projection is a contiguous chunk of that projection's Hugging Face rows, so gathering over
 tensor-parallel ranks is: take the part, concatenate on dim 0. Concatenating shards of the fused weight itself

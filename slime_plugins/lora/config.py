@@ -1,0 +1,143 @@
+"""What an adapter is: the one dataclass that flags, checkpoints and PEFT files are read into."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.targets import matches
+
+LAYOUTS = ("fused", "split")
+INITS = ("kaiming", "gaussian")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """An adapter: y = x W^T + scaling * drop(x) A^T B^T (Hu et al. 2021, arXiv:2106.09685).
+
+    Raises:
+        UsageError: on construction, naming the field, for values that cannot work.
+    """
+
+    rank: int = 8
+    """Width of the bottleneck; the same at every tensor-parallel size, never sharded."""
+    alpha: float = 16.0
+    """scaling = alpha / rank, or alpha / sqrt(rank) with ``use_rslora``."""
+    dropout: float = 0.0
+    """Probability of dropping an input of A while training, in [0, 1)."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Megatron or Hugging Face names, ``all-linear``, or wildcards on full names. See ``targets``."""
+    exclude_modules: tuple[str, ...] = ()
+    """The same vocabulary; taken away from the targets."""
+    layout: str = "fused"
+    """``fused``: one A for a fused linear. ``split``: one A per Hugging Face projection, as PEFT has it."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732)."""
+    init: str = "kaiming"
+    """Of A: ``kaiming`` = uniform(-1/sqrt(in), 1/sqrt(in)), PEFT's default; ``gaussian`` = N(0, 1/rank^2). B is zero."""
+    dtype: str | None = None
+    """Adapter dtype (``float32``, ``bfloat16``, ``float16``); None takes the base weight's."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Name -> rank where it differs from ``rank``. A projection's name (``q_proj``) needs layout ``split``."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Name -> alpha where it differs from ``alpha``."""
+    seed: int = 1234
+    """Seed of A: equal seeds give equal full matrices at every parallelism."""
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        for name in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, dict(getattr(self, name)))
+        _check_rank("rank", self.rank)
+        _check_alpha("alpha", self.alpha)
+        for key, rank in self.rank_pattern.items():
+            _check_rank(f"rank_pattern[{key!r}]", rank)
+        for key, alpha in self.alpha_pattern.items():
+            _check_alpha(f"alpha_pattern[{key!r}]", alpha)
+        if not 0.0 <= self.dropout < 1.0:
+            raise UsageError(f"LoRA dropout is {self.dropout}; expected a probability in [0, 1)")
+        if not self.target_modules or not all(self.target_modules):
+            raise UsageError("LoRA target_modules is empty; name at least one linear, or 'all-linear'")
+        for name, allowed in (("layout", LAYOUTS), ("init", INITS), ("dtype", (None, *DTYPES))):
+            if getattr(self, name) not in allowed:
+                known = ", ".join(str(value) for value in allowed)
+                raise UsageError(f"LoRA {name} is {getattr(self, name)!r}; expected one of: {known}")
+
+    def rank_of(self, *names: str) -> int:
+        """Rank of a module known under any of ``names`` (Megatron's and Hugging Face's full names)."""
+        return _lookup(self.rank_pattern, names, self.rank)
+
+    def alpha_of(self, *names: str) -> float:
+        """Alpha of a module known under any of ``names``."""
+        return _lookup(self.alpha_pattern, names, self.alpha)
+
+    def scaling(self, *names: str) -> float:
+        """Factor on B A for a module known under any of ``names``; without a name, the config's own."""
+        rank = self.rank_of(*names)
+        return self.alpha_of(*names) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; ``LoRAConfig(**d)`` reads it back."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_args(cls, args) -> LoRAConfig:
+        """Read the flags of ``add_lora_arguments`` from a parsed namespace; A's seed is ``args.seed``."""
+        from slime_plugins.lora.arguments import config_from_args
+
+        return config_from_args(args)
+
+    @classmethod
+    def from_peft(cls, adapter_dir) -> LoRAConfig:
+        """Read a PEFT adapter directory's ``adapter_config.json``. Raises ValueError on what Megatron cannot hold."""
+        from slime_plugins.lora.hf.import_ import config_from_peft
+
+        return config_from_peft(adapter_dir)
+
+    def to_peft(self, *, base_model: str, target_modules: list[str], rank: int, alpha: float) -> dict[str, Any]:
+        """The flat ``adapter_config.json`` that PEFT, transformers, vLLM and SGLang read alike.
+
+        SGLang ignores ``use_rslora`` and the patterns, so scaling is baked into ``alpha`` and ranks are padded by
+        the exporter; ``rank`` and ``alpha`` here are the exported ones.
+        """
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model,
+            "r": rank,
+            "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": target_modules,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "modules_to_save": None,
+        }
+
+
+def _check_rank(name: str, rank: Any) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+        raise UsageError(f"LoRA {name} is {rank!r}; expected a whole number of at least 1")
+
+
+def _check_alpha(name: str, alpha: Any) -> None:
+    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha <= 0:
+        raise UsageError(
+            f"LoRA {name} is {alpha!r}; expected a positive number (0 would switch the adapter off in silence)"
+        )
+
+
+def _lookup(pattern: Mapping[str, Any], names: tuple[str, ...], default: Any) -> Any:
+    for key, value in pattern.items():
+        if any(matches(key, name) for name in names):
+            return value
+    return default

@@ -1,0 +1,93 @@
+"""Adapters of a running, sharded model -> a PEFT adapter directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from slime_plugins.lora.adapters import config_of, iter_adapters
+from slime_plugins.lora.hf.peft_files import write_adapter
+from slime_plugins.lora.hf.peft_form import Projection, to_peft
+from slime_plugins.lora.inject import pipeline_group
+from slime_plugins.lora.layers import LoRALinear
+from slime_plugins.lora.names import hf_names
+
+
+def export_peft(model, out_dir: str | os.PathLike, *, hf_checkpoint: str | os.PathLike) -> Path:
+    """Write the model's adapters as a PEFT directory, from rank 0. Call on all ranks.
+
+    Args:
+        model: a module or the list of this rank's pipeline chunks, wrapped or not.
+        hf_checkpoint: directory of the base, named in ``adapter_config.json``.
+    Collectives:
+        all_gather over each tensor-parallel group, gather_object over each pipeline group, one broadcast.
+    Returns:
+        ``out_dir``, complete on disk when any rank returns.
+    Raises:
+        UsageError, ValueError, OSError: on every rank alike, when an adapter is missing, empty or not finite
+            (naming the tensor) or the directory cannot be written. Nothing is left half-written.
+    """
+    projections = gather_projections(model)
+    problem = None
+    if projections is not None and _is_writer():
+        try:
+            write_adapter(out_dir, *to_peft(projections, config_of(model), hf_checkpoint))
+        except (ValueError, OSError) as error:
+            problem = error
+    _raise_everywhere(problem)
+    return Path(out_dir)
+
+
+def gather_projections(model) -> list[Projection] | None:
+    """Every adapted projection whole, in layer order, on the first pipeline stage's ranks; None on other stages."""
+    local = [projection for linear in iter_adapters(model) for projection in _gather_linear(linear)]
+    group = pipeline_group()
+    if group is None:
+        return local
+    is_first = group.rank() == 0
+    stages = [None] * group.size() if is_first else None
+    dist.gather_object(local, stages, dst=dist.get_global_rank(group, 0), group=group)
+    if not is_first:
+        return None
+    return sorted((p for stage in stages for p in stage), key=lambda p: int(p.name.split(".")[2]))
+
+
+def _gather_linear(linear: LoRALinear) -> list[Projection]:
+    spec = linear.lora
+    names = {name.rsplit(".", 1)[-1]: name for name in hf_names(spec.name)}
+    projections = []
+    for i, part in enumerate(spec.parts):
+        A, B = spec.part_A(linear.lora_A.detach(), i), spec.part_B(linear.lora_B.detach(), i)
+        if spec.parallel == "column":
+            B = _gather_tp(B, linear.lora_tp_group, dim=0)
+        else:
+            A = _gather_tp(A, linear.lora_tp_group, dim=1)
+        rank = spec.ranks[i]
+        A, B = A[:rank].cpu(), B[:, :rank].cpu()
+        projections.append(Projection(names[part.name], A.clone(), B.clone(), spec.scalings[i]))
+    return projections
+
+
+def _gather_tp(shard: torch.Tensor, group, dim: int) -> torch.Tensor:
+    if group.size() == 1:
+        return shard
+    shards = [torch.empty_like(shard, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(shards, shard.contiguous(), group=group)
+    return torch.cat(shards, dim=dim)
+
+
+def _is_writer() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _raise_everywhere(problem: Exception | None) -> None:
+    """Raise rank 0's problem on every rank, so that none goes on, and none waits for one that has stopped."""
+    if dist.is_initialized():
+        box = [problem]
+        dist.broadcast_object_list(box, src=0)
+        problem = box[0]
+    if problem is not None:
+        raise problem

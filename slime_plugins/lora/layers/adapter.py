@@ -1,0 +1,194 @@
+"""The adapter that lives on a linear: what it is, how it starts, and the mixin that runs it.
+
+An adapted linear keeps its class's code, its parameters and their names; it gains ``lora_A`` and ``lora_B``, and its
+class becomes a subclass with ``LoRALinear`` in front. Per rank (T tensor-parallel size, R rank, P stacked As):
+
+    column   lora_A [P*R, I]    replicated          lora_B [rows/T, R]  sharded with the base's rows
+    row      lora_A [P*R, I/T]  sharded on dim 1    lora_B [O, R]       replicated
+
+``rows`` are those of the adapted projections. They lie in the base's own order if one block covers the whole linear,
+else projection after projection, each in Hugging Face order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator
+
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+
+from slime_plugins.lora.layers.lowrank import Collective, down, up
+from slime_plugins.lora.layers.spec import AdapterSpec
+
+# parallel mode, sequence parallel -> collective on h forward, on dh backward. See the table in ``lowrank``.
+COLLECTIVES = {
+    ("column", False): ("none", "sum"),
+    ("column", True): ("gather", "scatter"),
+    ("row", False): ("sum", "none"),
+    ("row", True): ("scatter", "gather"),
+}
+
+
+class LoRALinear:
+    """Mixin in front of a Megatron linear class: y = base(x) + scaling * drop(x) A^T B^T.
+
+    Attributes:
+        lora: the AdapterSpec.
+        lora_A, lora_B: the parameters, shapes as in the module's docstring.
+        lora_enabled: False runs the base's own forward and nothing else.
+    """
+
+    lora: AdapterSpec
+    lora_enabled: bool
+
+    def forward(self, input_, *args, **kwargs):
+        """Shapes and return form of the base's forward."""
+        if not self.lora_enabled:
+            return super().forward(input_, *args, **kwargs)
+        input_, h, exchanges = self._lora_down(input_)
+        output, bias = super().forward(input_, *args, **kwargs)
+        return self._lora_up(output, h, exchanges), bias
+
+    def _lora_down(self, x: torch.Tensor, seen_by_A: torch.Tensor | None = None):
+        """First tap. ``seen_by_A``: what A multiplies where that is not the base's input."""
+        kinds = (
+            COLLECTIVES[self.lora.parallel, self.lora_sequence_parallel] if self.lora_tp_size > 1 else ("none",) * 2
+        )
+        exchanges = tuple(Collective(kind, self.lora_tp_group) for kind in kinds)
+        if self.training and self.lora.config.dropout:
+            seen_by_A = self._lora_dropout(x if seen_by_A is None else seen_by_A)
+        x, h = down(x, seen_by_A, self.lora_A.to(x.dtype), exchanges)
+        return x, h, exchanges
+
+    def _lora_up(self, y: torch.Tensor, h: torch.Tensor, exchanges) -> torch.Tensor:
+        return up(y, h, self.lora_B.to(y.dtype), self.lora.blocks, exchanges)
+
+    def _lora_dropout(self, x: torch.Tensor) -> torch.Tensor:
+        """Mask a sharded input from the model-parallel RNG and a replicated one from the common RNG.
+
+        So shards get different masks, replicas the same one, and Megatron's recompute, which restores both, replays
+        them (as Megatron does for its own dropouts).
+        """
+        sharded = self.lora.parallel == "row" or self.lora_sequence_parallel
+        if sharded and self.lora_tp_size > 1:
+            with get_cuda_rng_tracker().fork():
+                return torch.nn.functional.dropout(x, self.lora.config.dropout)
+        return torch.nn.functional.dropout(x, self.lora.config.dropout)
+
+    @property
+    def lora_tp_group(self):
+        return self.tp_group
+
+    @property
+    def lora_tp_size(self) -> int:
+        return self.lora_tp_group.size()
+
+    @property
+    def lora_sequence_parallel(self) -> bool:
+        return self.config.sequence_parallel and self.lora_tp_size > 1
+
+    def lora_delta_weight(self) -> torch.Tensor:
+        """scaling * B A for this rank's shard of the base weight, float32 [O, I], no communication."""
+        spec = self.lora
+        A, B = self.lora_A.detach().float(), self.lora_B.detach().float()
+        delta = A.new_zeros(self.weight.shape)
+        for block in spec.blocks:
+            A_RI = A[block.cols]
+            block.out.put(delta, block.scaling * (B[block.rows] @ A_RI))
+        return delta
+
+    def _apply(self, fn, recurse=True):
+        """Let ``.to``, ``.cuda``, ``.bfloat16`` move the adapter but not change the dtype that was asked for.
+
+        Megatron's Float16Module casts the whole model after the provider has returned.
+        """
+        if not self.lora_keep_dtype:
+            return super()._apply(fn, recurse)
+        adapter = {name: self._parameters.pop(name) for name in ("lora_A", "lora_B")}
+        super()._apply(fn, recurse)
+        for name, parameter in adapter.items():
+            parameter.data = parameter.data.to(fn(parameter.data).device)
+            self._parameters[name] = parameter
+        return self
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """The base's own entries and the adapter's, which the base would take for replicated tensors."""
+        from slime_plugins.lora.checkpoint_shards import adapter_sharded_tensors
+
+        if "lora_A" not in self._parameters:  # inside hide_adapters
+            return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        with hide_adapters(self):
+            state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state.update(adapter_sharded_tensors(self, prefix, sharded_offsets, metadata))
+        return state
+
+
+def adapt(linear: torch.nn.Module, lora_class: type, spec: AdapterSpec, dtype: torch.dtype | None) -> None:
+    """Turn a linear into its LoRA form in place. B starts at zero: the output does not change.
+
+    Args:
+        lora_class: subclass of ``type(linear)`` with ``LoRALinear`` in front.
+        dtype: of lora_A and lora_B; None takes the base weight's.
+    """
+    linear.__class__ = lora_class
+    linear.lora, linear.lora_enabled, linear.lora_keep_dtype = spec, True, dtype is not None
+    weight = linear.weight
+    dtype = dtype or weight.dtype
+    linear.lora_A = torch.nn.Parameter(_init_A(linear).to(device=weight.device, dtype=dtype))
+    linear.lora_B = torch.nn.Parameter(torch.zeros(spec.rows, spec.rank, device=weight.device, dtype=dtype))
+    _mark(linear.lora_A, sharded_dim=1 if spec.parallel == "row" else None)
+    _mark(linear.lora_B, sharded_dim=0 if spec.parallel == "column" else None)
+    partial = {"column": linear.lora_A, "row": linear.lora_B}[spec.parallel]
+    # Each rank has seen its own tokens only: Megatron's finalize_model_grads sums marked gradients over TP, once.
+    partial.sequence_parallel = linear.lora_sequence_parallel
+
+
+def _mark(parameter: torch.nn.Parameter, sharded_dim: int | None) -> None:
+    """Tell Megatron's grad norm, clipping and optimizer whether TP ranks hold shards or copies."""
+    set_tensor_model_parallel_attributes(
+        parameter, is_parallel=sharded_dim is not None, dim=-1 if sharded_dim is None else sharded_dim, stride=1
+    )
+    parameter.allreduce = True  # reduced over the dense data-parallel group
+
+
+def _init_A(linear) -> torch.Tensor:
+    """This rank's shard of the full A, float32 [P*R, I or I/T]; the full A depends on seed and name alone."""
+    spec: AdapterSpec = linear.lora
+    tp_rank, tp_size = linear.lora_tp_group.rank(), linear.lora_tp_size
+    local = linear.weight.shape[1]
+    full = local * tp_size if spec.parallel == "row" else local
+    stacked = []
+    for i in range(spec.num_A):
+        rank = spec.ranks[i] if spec.split else spec.rank
+        key = f"{spec.config.seed}:{spec.name}:{spec.parts[i].name if spec.split else 'fused'}"
+        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)
+        generator = torch.Generator().manual_seed(seed)
+        A = torch.zeros(spec.rank, full)
+        if spec.config.init == "kaiming":  # kaiming_uniform_(a=sqrt(5)) of a [rank, in] matrix, as PEFT has it
+            A[:rank].uniform_(-1 / math.sqrt(full), 1 / math.sqrt(full), generator=generator)
+        else:
+            A[:rank].normal_(0.0, 1 / spec.rank, generator=generator)
+        stacked.append(A)
+    A = torch.cat(stacked)
+    return A[:, tp_rank * local : (tp_rank + 1) * local] if spec.parallel == "row" else A
+
+
+@contextlib.contextmanager
+def hide_adapters(module: torch.nn.Module) -> Iterator[None]:
+    """Inside, ``named_parameters``, ``state_dict`` and ``sharded_state_dict`` show the base alone.
+
+    For loaders and savers of the base, which know no adapter names. Forward does not work inside.
+    """
+    hidden = []
+    for linear in module.modules():
+        if isinstance(linear, LoRALinear) and "lora_A" in linear._parameters:
+            hidden.append((linear, {name: linear._parameters.pop(name) for name in ("lora_A", "lora_B")}))
+    try:
+        yield
+    finally:
+        for linear, parameters in hidden:
+            linear._parameters.update(parameters)

@@ -1,0 +1,146 @@
+"""What one adapter is, apart from its tensors: derived from its linear and the LoRAConfig."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from slime_plugins.lora.config import LoRAConfig
+from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.layers.lowrank import Block
+from slime_plugins.lora.layout import Part, gated_parts, qkv_parts, whole
+from slime_plugins.lora.names import hf_names
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSpec:
+    """Everything about one adapter that is not a tensor."""
+
+    name: str
+    """Global Megatron name: ``decoder.layers.3.mlp.linear_fc1``, layer counted over all pipeline stages."""
+    parallel: str
+    """``column`` or ``row``."""
+    rank: int
+    """Width of each A; narrower projections of a split layout are padded with zero rows, which stay zero."""
+    ranks: tuple[int, ...]
+    """True rank of each part."""
+    scalings: tuple[float, ...]
+    """Factor on B A of each part."""
+    parts: tuple[Part, ...]
+    """The adapted projections as rows of this rank's shard of the base."""
+    all_parts: tuple[Part, ...]
+    """Every projection of the base linear, adapted or not."""
+    split: bool
+    """One A per part instead of one for all."""
+    config: LoRAConfig
+    """What it was derived from."""
+
+    @property
+    def num_A(self) -> int:
+        return len(self.parts) if self.split else 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of lora_B on this rank."""
+        return sum(part.size for part in self.parts)
+
+    @cached_property
+    def in_base_order(self) -> bool:
+        """Does lora_B cover the base's rows one to one, so that one product does?"""
+        return not self.split and self.parts == self.all_parts and len(set(self.scalings)) == 1
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The products of the up projection."""
+        if self.in_base_order:
+            return (Block(whole("all", self.rows), slice(0, self.rows), slice(0, self.rank), self.scalings[0]),)
+        blocks, row = [], 0
+        for i, part in enumerate(self.parts):
+            column = i * self.rank if self.split else 0
+            cols = slice(column, column + self.rank)
+            blocks.append(Block(part, slice(row, row + part.size), cols, self.scalings[i]))
+            row += part.size
+        return tuple(blocks)
+
+    def part_A(self, lora_A: torch.Tensor, index: int) -> torch.Tensor:
+        """View of one part's A: [rank, I]."""
+        start = index * self.rank if self.split else 0
+        return lora_A[start : start + self.rank]
+
+    def part_B(self, lora_B: torch.Tensor, index: int) -> torch.Tensor:
+        """One part's B in Hugging Face row order: [part rows, rank]."""
+        return self.parts[index].take(lora_B) if self.in_base_order else lora_B[self.blocks[index].rows]
+
+
+def spec_for(
+    linear: torch.nn.Module, name: str, parallel: str, part_numbers: tuple[int, ...], config: LoRAConfig
+) -> AdapterSpec:
+    """The adapter that a LoRAConfig asks for on one linear.
+
+    Args:
+        name: global Megatron name of the linear.
+        part_numbers: adapted projections, as positions in ``names.hf_names(name)``.
+    Raises:
+        UsageError: a rank above the matrix's size, a rank for one projection in a fused layout, a shard that cuts
+            through a query group.
+    """
+    all_parts = _parts_of(linear, name)
+    parts = tuple(all_parts[i] for i in part_numbers)
+    split = config.layout == "split" and len(all_parts) > 1
+    projections = [(name, hf_names(name)[i]) for i in part_numbers]
+    ranks = tuple(config.rank_of(*names) for names in projections)
+    if not split and len(set(ranks)) > 1:
+        raise UsageError(
+            f"rank_pattern gives the projections of {name} ranks {sorted(set(ranks))}, but in layout 'fused' they "
+            f"share one A; use --lora-layout split, or name {name.rsplit('.', 1)[-1]} instead"
+        )
+    tp_size = linear.tp_group.size()
+    rows, columns = linear.weight.shape
+    full_in = columns * (tp_size if parallel == "row" else 1)
+    for part, rank in zip(parts, ranks):
+        full_out = (part.size if split or len(parts) == 1 else rows) * (tp_size if parallel == "column" else 1)
+        if rank > min(full_in, full_out):
+            raise UsageError(
+                f"LoRA rank {rank} is larger than {name} [{part.name}], a {full_out} x {full_in} matrix; "
+                f"use at most {min(full_in, full_out)}"
+            )
+    return AdapterSpec(
+        name=name,
+        parallel=parallel,
+        rank=max(ranks),
+        ranks=ranks,
+        scalings=tuple(config.scaling(*names) for names in projections),
+        parts=parts,
+        all_parts=all_parts,
+        split=split,
+        config=config,
+    )
+
+
+def _parts_of(linear: torch.nn.Module, name: str) -> tuple[Part, ...]:
+    """The projections of this rank's shard of a linear."""
+    rows, config = linear.weight.shape[0], linear.config
+    leaves = tuple(hf_name.rsplit(".", 1)[-1] for hf_name in hf_names(name))
+    if len(leaves) == 1:
+        return (whole(leaves[0], rows),)
+    if name.endswith("linear_fc1"):
+        if not config.gated_linear_unit:
+            raise UsageError(f"{name} is not gated; LoRA export knows gated MLPs (gate_proj, up_proj) only")
+        return gated_parts(rows, leaves)
+    tp_size = linear.tp_group.size()
+    if config.num_query_groups % tp_size:
+        raise UsageError(
+            f"tensor-parallel size {tp_size} cuts through the {config.num_query_groups} query groups of {name}; "
+            f"use one that divides {config.num_query_groups}"
+        )
+    parts = qkv_parts(
+        config.num_attention_heads // tp_size, config.num_query_groups // tp_size, config.kv_channels, leaves
+    )
+    if sum(part.size for part in parts) != rows:
+        raise UsageError(
+            f"{name} has {rows} rows on this rank, not the {sum(part.size for part in parts)} of q, k and v; "
+            "gated attention and other extra rows cannot be adapted"
+        )
+    return parts
