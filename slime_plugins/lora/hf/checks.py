@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from slime_plugins.lora.hf.peft_config import is_target, key_of, module_rank, parse_key
+from slime_plugins.lora.hf.peft_config import ADAPTER_NAME, is_target, key_of, module_rank, parse_key
 
 ZERO3_HINT = (
     "this is what save_pretrained leaves under DeepSpeed ZeRO-3 when the shards are not gathered: the weights are "
     "still in the DeepSpeed checkpoint, run `slime-lora convert-zero CHECKPOINT_DIR --out DIR` on it"
 )
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # Config fields with which lora_A and lora_B alone are not the whole change to the model.
 UNSUPPORTED = {
@@ -95,16 +97,20 @@ def tensor_problems(config: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
     dtypes: dict[torch.dtype, list[str]] = {}
     for key in tensors:
         parsed = parse_key(key)
-        if parsed is None:
-            if not _module_to_save(config, key):
-                problems.append(_problem("unknown_key", key, "is not a lora_A or lora_B of a linear layer"))
+        tensor = tensors[key]
+        if parsed is None and not _module_to_save(config, key):
+            problems.append(_problem("unknown_key", key, "is not a lora_A or lora_B of a linear layer"))
             continue
+        problems += _value_problems(key, tensor, matrix=parsed is not None)
         if parsed in shapes:
             problems.append(_problem("unknown_key", key, "is there twice, with and without an adapter name"))
-        tensor = tensors[key]
-        shapes[parsed] = tuple(tensor.shape)
-        dtypes.setdefault(tensor.dtype, []).append(key)
-        problems += value_problems(key, tensor)
+        if parsed is not None:
+            shapes[parsed] = tuple(tensor.shape)
+            dtypes.setdefault(tensor.dtype, []).append(key)
+    named = [key for key in tensors if parse_key(key) and ADAPTER_NAME in key]
+    if named:
+        message = f"has an adapter's name in it, as {len(named)} keys have: PEFT and vLLM would not find the tensor"
+        problems.append(_problem("key_name", named[0], f"{message}; drop '{ADAPTER_NAME}' from the keys"))
     problems += _pair_problems(config, shapes)
     problems += _target_problems(config, {module for module, _ in shapes})
     if len(dtypes) > 1:
@@ -116,13 +122,13 @@ def tensor_problems(config: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
     return problems
 
 
-def value_problems(key: str, tensor: torch.Tensor) -> list[Problem]:
-    """Faults of one tensor that need no config: zero size, not a floating-point matrix, not finite."""
+def _value_problems(key: str, tensor: torch.Tensor, *, matrix: bool) -> list[Problem]:
+    """Faults of one tensor that need no config: zero size, not floating point, not a matrix, not finite."""
     if tensor.numel() == 0:
         return [_problem("zero_size", key, f"has shape {list(tensor.shape)}: {ZERO3_HINT}")]
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if tensor.dtype not in FLOATS:
         return [_problem("dtype", key, f"is {_short(tensor.dtype)}, expected float32, bfloat16 or float16")]
-    if tensor.ndim != 2:
+    if matrix and tensor.ndim != 2:
         return [_problem("shape", key, f"has shape {list(tensor.shape)}, expected a matrix")]
     # The sum is finite only if every term is; looking at each value costs a mask, so only do it to count them.
     if not math.isfinite(tensor.sum(dtype=torch.float64).item()):

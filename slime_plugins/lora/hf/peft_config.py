@@ -13,6 +13,9 @@ from typing import Any
 
 PREFIX = "base_model.model."
 
+ADAPTER_NAME = ".default"
+"""What a live PeftModel has in its parameter names and a saved adapter has not."""
+
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(?:\.default)?\.weight")
 
 
@@ -28,27 +31,6 @@ def parse_key(key: str) -> tuple[str, str] | None:
 def key_of(module: str, half: str) -> str:
     """``("model.layers.0.mlp.up_proj", "B")`` -> ``base_model.model.model.layers.0.mlp.up_proj.lora_B.weight``."""
     return f"{PREFIX}{module}.lora_{half}.weight"
-
-
-def flat_config(
-    rank: int, alpha: float, target_modules: Iterable[str], base_model_name_or_path: str, task_type="CAUSAL_LM"
-) -> dict[str, Any]:
-    """The config that every server reads alike: one r, one lora_alpha, a list of names, no patterns, no rsLoRA."""
-    return {
-        "peft_type": "LORA",
-        "task_type": task_type,
-        "base_model_name_or_path": base_model_name_or_path,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": 0.0,
-        "target_modules": sorted(target_modules),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "modules_to_save": None,
-    }
 
 
 def is_target(config: Mapping[str, Any], module: str) -> bool:

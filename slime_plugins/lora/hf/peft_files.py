@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from slime_plugins.lora.hf.atomic import replaced_directory
 from slime_plugins.lora.hf.checks import config_problems, tensor_problems
+from slime_plugins.lora.hf.headers import BaseCheckpoint
 from slime_plugins.lora.hf.torch_file import TorchFile
 
 CONFIG = "adapter_config.json"
@@ -27,6 +28,7 @@ BIN = "adapter_model.bin"
 
 _SHA256 = "slime_lora.sha256"  # metadata: JSON, tensor name -> digest
 _CONFIG = "slime_lora.config"  # metadata: JSON, the fields of the config below that were set
+_BASE = "slime_lora.base"  # metadata: fingerprint of the base checkpoint
 # Fields that change what the adapter computes. The others (base path, task type) may be edited freely.
 _MEANING = (
     "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
@@ -81,6 +83,16 @@ class AdapterTensors(Mapping[str, torch.Tensor]):
         if self.sha256 is not None and digest(tensor) != self.sha256[key]:
             return tensor, f"{key}: checksum mismatch, its bytes are not those that were written: copy the file again"
         return tensor, None
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether ``load`` has something to compare the bytes with."""
+        return self.sha256 is not None or self.path.suffix == ".bin"
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """``BaseCheckpoint.fingerprint`` of the base it was written for, if it was noted."""
+        return self.metadata.get(_BASE)
 
     def lost(self) -> list[str]:
         """Names that have a checksum and no tensor."""
@@ -145,20 +157,24 @@ def validate_adapter(config: Mapping[str, Any], tensors: Mapping[str, torch.Tens
         raise ValueError(_summary([problem.message for problem in problems]))
 
 
-def write_adapter(out_dir: str | os.PathLike, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+def write_adapter(
+    out_dir: str | os.PathLike,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    base: str | os.PathLike | None = None,
+) -> None:
     """Write an adapter directory, whole or not at all, after ``validate_adapter``.
 
     Keys are ``base_model.model.<module>.lora_A.weight`` [rank, in] and ``lora_B`` [out, rank]. An existing adapter in
-    ``out_dir`` is replaced in one step; other files in the directory stay.
+    ``out_dir`` is replaced in one step; other files in the directory stay. ``base``: directory of the base
+    checkpoint, whose fingerprint then goes with the adapter.
 
     Raises:
         ValueError: the adapter is empty, partial, not finite or not what its config says; or ``out_dir`` holds
             something that is not an adapter.
     """
     validate_adapter(config, tensors)
-    for key in tensors:
-        if ".default." in key:
-            raise ValueError(f"{key}: an adapter on disk has no adapter name in its keys, drop '.default'")
     out = Path(out_dir)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file, expected a directory to write the adapter to")
@@ -170,6 +186,8 @@ def write_adapter(out_dir: str | os.PathLike, config: Mapping[str, Any], tensors
         _SHA256: json.dumps({key: digest(tensor) for key, tensor in owned.items()}),
         _CONFIG: json.dumps({field: config[field] for field in _MEANING if field in config}),
     }
+    if base is not None:
+        metadata[_BASE] = BaseCheckpoint(base).fingerprint()
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     with replaced_directory(out, drop=(CONFIG, SAFETENSORS, BIN)) as new:
         try:

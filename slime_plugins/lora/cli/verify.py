@@ -1,0 +1,68 @@
+"""``slime-lora verify``: argument text and printing; the checks are in ``hf.verify``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slime_plugins.lora.hf.verify import Report
+
+NAME = "verify"
+HELP = "Check that a PEFT adapter is whole, non-empty, trained, and fits its config and its base."
+EPILOG = """\
+Reads every tensor once; the base only by its config.json and safetensors headers. Exit code 0: good, 1: not.
+
+examples:
+  slime-lora verify runs/rehearsal/adapter
+  slime-lora verify runs/rehearsal/adapter --hf-checkpoint Qwen3-4B
+  slime-lora verify adapter --json | jq -r '.problems[].message'
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb."""
+    parser.add_argument("adapter", metavar="ADAPTER_DIR", help="directory with adapter_config.json and the weights")
+    parser.add_argument(
+        "--hf-checkpoint", metavar="DIR", help="base model: check modules, shapes and weights against it"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; 0 if the adapter is good, else 1."""
+    from slime_plugins.lora.hf.verify import verify_adapter
+
+    report = verify_adapter(args.adapter, args.hf_checkpoint)
+    print(json.dumps(report.to_dict(), indent=2) if args.json else table(report))
+    return 0 if report.ok else 1
+
+
+def table(report: Report) -> str:
+    """The report for people: what is there, then one line per warning and problem, then the verdict."""
+    rows = [("adapter", report.adapter)]
+    if report.base:
+        rows.append(("base", report.base))
+    if report.rank is not None and report.scalings:
+        scalings = ", ".join(f"{scaling:g}" for scaling in report.scalings)
+        rows.append(("rank, alpha", f"{report.rank}, {report.alpha:g} (scaling {scalings})"))
+    if report.lora_A or report.lora_B:
+        other = f", {report.other} other" if report.other else ""
+        counts = f"{report.lora_A} lora_A, {report.lora_B} lora_B{other}, {', '.join(report.dtypes)}"
+        rows.append(("tensors", counts))
+        rows.append(("parameters", f"{report.parameters:,} ({report.bytes / 1e6:,.1f} MB)"))
+        rows.append(("largest |B|", f"{report.largest_B:.3g}"))
+        agreed = "none in the file" if report.checksums is None else f"{report.checksums} tensors agree"
+        rows.append(("checksums", agreed))
+    if report.checked_against:
+        selected = (
+            "" if report.expected_modules is None else f": target_modules selects {report.expected_modules} modules"
+        )
+        rows.append(("checked with", f"{report.checked_against}{selected}"))
+    lines = [f"{name:<13} {value}" for name, value in rows]
+    lines += [f"{'warning':<13} {warning}" for warning in report.warnings]
+    lines += [f"{'PROBLEM':<13} {problem.message}" for problem in report.problems]
+    count = len(report.problems)
+    lines.append("ok" if report.ok else f"not ok: {count} problem{'s' if count > 1 else ''}")
+    return "\n".join(lines)
