@@ -15,6 +15,13 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -25,6 +32,8 @@ _LAYER = re.compile(r"decoder\.layers\.\d+\.(.+)")
 _NORMS = {
     "input_layernorm.weight": "input_layernorm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",  # TransformerEngine fuses these two
+    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
 }
@@ -48,6 +57,7 @@ def build_chunks(
     sequence_parallel: bool = False,
     vpp: int | None = None,
     recompute: str | None = None,
+    layer_spec: Callable[[HFBase, TransformerConfig], ModuleSpec] | None = None,
     apply: Callable[[list[GPTModel]], object] | None = None,
 ) -> list[GPTModel]:
     """Build this rank's pipeline chunks and load the base into them. Needs an initialised ``parallel_state``.
@@ -56,6 +66,7 @@ def build_chunks(
         dtype: of parameters and activations.
         vpp: chunks per pipeline stage, when ``parallel_state`` was initialised with a virtual size.
         recompute: None, "full" (every layer) or "selective" (core attention).
+        layer_spec: of one decoder layer; Megatron's local spec by default.
         apply: called with the list of chunks, the base loaded; the place for ``apply_lora``, before any DDP wrapper.
     Raises:
         UsageError: the directory has no config, or the model does not split this way.
@@ -65,15 +76,29 @@ def build_chunks(
     tp = mpu.get_tensor_model_parallel_world_size()
     base.check_parallel(tp=tp, pp=mpu.get_pipeline_model_parallel_world_size(), vpp=vpp)
     config = transformer_config(base, dtype=dtype, sequence_parallel=sequence_parallel, vpp=vpp, recompute=recompute)
-    chunks = [_chunk(base, config, stage if vpp else None) for stage in range(vpp or 1)]
+    layer = (layer_spec or local_layer_spec)(base, config)
+    chunks = [_chunk(base, config, layer, stage if vpp else None) for stage in range(vpp or 1)]
     with Weights(base) as weights:
         for chunk in chunks:
+            _mark_shards(chunk)
             load_base(chunk, base, weights)
     for chunk in chunks:
         chunk.to(torch.cuda.current_device())
     if apply is not None:
         apply(chunks)
     return chunks
+
+
+def _mark_shards(chunk: GPTModel) -> None:
+    """Mark sharded weights as Megatron does on initialisation; 0.16.1 forgets to when it is skipped.
+
+    Grad norms and parameter counts go by these marks.
+    """
+    for module in chunk.modules():
+        dim = 1 if isinstance(module, RowParallelLinear) else 0
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
+            if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 
 def transformer_config(
@@ -128,12 +153,17 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return math.ceil(vocab_size / tp) * tp
 
 
-def _chunk(base: HFBase, config: TransformerConfig, vp_stage: int | None) -> GPTModel:
+def local_layer_spec(base: HFBase, config: TransformerConfig) -> ModuleSpec:
+    """A decoder layer of Megatron's own linears."""
     layer = get_gpt_layer_local_spec(qk_layernorm=base.qk_norm, normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     if base.qk_norm:
         attention = layer.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return layer
+
+
+def _chunk(base: HFBase, config: TransformerConfig, layer: ModuleSpec, vp_stage: int | None) -> GPTModel:
     stage = {"ignore_virtual": False, "vp_stage": vp_stage}
     chunk = GPTModel(
         config,
