@@ -269,7 +269,7 @@ def test_a_failing_write_leaves_the_old_adapter(written, monkeypatch):
     def full_disk(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(atomic, "_fsync", full_disk)
+    monkeypatch.setattr(atomic, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_adapter(directory, config, other)
     assert_equal(load(directory)[1], tensors)

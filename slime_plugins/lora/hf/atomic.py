@@ -36,12 +36,12 @@ def replaced_directory(out_dir: str | os.PathLike, *, drop: tuple[str, ...]) -> 
     try:
         yield new
         _keep_others(target, new, drop)
-        _flush(new)
-        _move_in(new, target, old)
+        flush_tree(new)
+        move_in(new, target, old)
     finally:
         shutil.rmtree(new, ignore_errors=True)  # after an exchange these are the old files
         shutil.rmtree(old, ignore_errors=True)
-    _fsync(target.parent)
+    fsync(target.parent)
 
 
 def _keep_others(target: Path, new: Path, drop: tuple[str, ...]) -> None:
@@ -63,15 +63,17 @@ def _link(source: str | Path, place: str | Path) -> None:
         shutil.copy2(source, place, follow_symlinks=False)
 
 
-def _flush(directory: Path) -> None:
+def flush_tree(directory: Path) -> None:
+    """Force every file and directory name below ``directory`` to disk; links are left alone."""
     for parent, _, files in os.walk(directory):
         for name in files:
             if not os.path.islink(os.path.join(parent, name)):
-                _fsync(Path(parent, name))
-        _fsync(Path(parent))
+                fsync(Path(parent, name))
+        fsync(Path(parent))
 
 
-def _move_in(new: Path, target: Path, old: Path) -> None:
+def move_in(new: Path, target: Path, old: Path) -> None:
+    """Rename ``new`` to ``target``. What was there is then at ``new`` or ``old``, for the caller to remove."""
     if not target.exists() or not any(target.iterdir()):
         os.rename(new, target)
     elif not _exchange(new, target):
@@ -87,7 +89,8 @@ def _exchange(a: Path, b: Path) -> bool:
     return renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Force one file, or one directory's names, to disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
