@@ -141,17 +141,17 @@ def config_edit(**changes):
         ("config.json", config_edit(num_hidden_layers=3), ValueError, "unexpected: model.layers.3"),
         ("config.json", config_edit(intermediate_size=64), ValueError, r"gate_proj.*\[56, 40\].*\[64, 40\]"),
         ("config.json", config_edit(rope_parameters={"rope_type": "yarn"}), ValueError, "yarn"),
-        ("config.json", lambda raw: raw[:-9], ValueError, "config.json: not JSON"),
-        ("model.safetensors", lambda raw: raw[:-9], ValueError, "model.safetensors: truncated"),
-        ("model.safetensors", lambda raw: b"", ValueError, "model.safetensors: truncated"),
+        ("config.json", lambda raw: raw[:-9], ValueError, "config.json: not valid JSON"),
+        ("model.safetensors", lambda raw: raw[:-9], ValueError, "model.safetensors: (truncated|not a whole)"),
+        ("model.safetensors", lambda raw: b"", ValueError, "model.safetensors: (truncated|not a whole)"),
     ],
 )
 def test_bad_checkpoint(checkpoints, tmp_path, file, edit, kind, words):
-    from slime_plugins.lora.rehearsal.hf_base import HFBase, Weights
+    from slime_plugins.lora.rehearsal.hf_base import HFBase
 
     path = broken_copy(checkpoints["qwen3"], tmp_path / "broken", file, edit)
-    with pytest.raises(kind, match=words), Weights(HFBase.read(path)):
-        pass
+    with pytest.raises(kind, match=words):
+        HFBase.read(path)
 
 
 def test_usage_errors(checkpoints, tmp_path):

@@ -1,19 +1,23 @@
-"""What a Hugging Face checkpoint directory holds: sizes, tensor names and shapes, and where to read them. No Megatron.
+"""A dense decoder as Hugging Face stores it: sizes, the tensors it must have, reading shards of them. No Megatron.
 
-Everything that can be wrong with a directory is found from the config and the file headers, before any process starts.
+Everything that can be wrong with a directory is found from the config and the file headers, without torch, before any
+process starts.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from ..errors import UsageError
+from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.hf.headers import BaseCheckpoint
+
+if TYPE_CHECKING:
+    import torch
 
 # architecture -> (bias on q, k, v; RMSNorm on each q and k head)
 ARCHITECTURES = {
@@ -55,20 +59,21 @@ class HFBase:
 
     @classmethod
     def read(cls, path: str | Path) -> HFBase:
-        """Describe a checkpoint directory from its ``config.json``.
+        """Describe a checkpoint directory and check that its files hold the tensors of that description.
 
         Raises:
-            UsageError: not a directory, or no ``config.json`` in it.
-            ValueError: the config is not JSON, lacks a size, or asks for something that is not supported.
+            UsageError: not a directory, no ``config.json``, no safetensors files.
+            ValueError: something in the config is not supported, a file is damaged, or tensors are missing,
+                unexpected or of another shape.
         """
-        path = Path(path)
+        checkpoint = BaseCheckpoint(path)
+        base = cls._from_config(checkpoint.config, Path(path))
+        base._check_tensors({name: weight.shape for name, weight in checkpoint.weights.items()})
+        return base
+
+    @classmethod
+    def _from_config(cls, config: dict, path: Path) -> HFBase:
         config_file = path / "config.json"
-        if not config_file.is_file():
-            raise UsageError(f"{path}: no config.json, expected a Hugging Face checkpoint directory")
-        try:
-            config = json.loads(config_file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{config_file}: not JSON: {error}") from None
         architecture = (config.get("architectures") or [None])[0]
         if architecture not in ARCHITECTURES:
             raise ValueError(
@@ -96,6 +101,20 @@ class HFBase:
             )
         except KeyError as error:
             raise ValueError(f"{config_file}: key {error} is missing") from None
+
+    def _check_tensors(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        expected = self.shapes()
+        # A tied head may be stored all the same, and old checkpoints carry rotary buffers: transformers drops both.
+        found = {name for name in shapes if not name.endswith("rotary_emb.inv_freq")}
+        found -= {"lm_head.weight"} if self.tied else set()
+        if found != expected.keys():
+            raise ValueError(
+                f"{self.path}: tensors do not fit {self.architecture} with {self.num_layers} layers; "
+                f"missing: {_listed(expected.keys() - found)}; unexpected: {_listed(found - expected.keys())}"
+            )
+        for name, shape in expected.items():
+            if shapes[name] != shape:
+                raise ValueError(f"{self.path}: {name} has shape {list(shapes[name])}, config.json says {list(shape)}")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor that the checkpoint must hold."""
@@ -140,39 +159,22 @@ class HFBase:
 
 
 class Weights:
-    """The safetensors files of a checkpoint, opened; ``get`` reads one tensor. Use as a context manager."""
+    """Reads tensors of a checkpoint, or slices of them. A context manager: files open on first use."""
 
-    def __init__(self, base: HFBase):
-        """Open every file and compare names and shapes with the config.
-
-        Raises:
-            ValueError: no weights, a file missing or truncated, or tensors missing, unexpected or of another shape.
-        """
+    def __init__(self, path: str | Path):
         self._stack = contextlib.ExitStack()
-        self._file_of = {}
-        for file in _weight_files(base.path):
-            try:
-                handle = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file}: truncated or not a safetensors file ({error})") from None
-            self._file_of |= dict.fromkeys(handle.keys(), handle)
-        expected = base.shapes()
-        # A tied head may be stored all the same, and old checkpoints carry rotary buffers: transformers drops both.
-        found = {n for n in self._file_of if not n.endswith("rotary_emb.inv_freq")}
-        found -= {"lm_head.weight"} if base.tied else set()
-        if found != expected.keys():
-            raise ValueError(
-                f"{base.path}: tensors do not fit {base.architecture} with {base.num_layers} layers; "
-                f"missing: {_listed(expected.keys() - found)}; unexpected: {_listed(found - expected.keys())}"
-            )
-        for name, shape in expected.items():
-            seen = tuple(self._file_of[name].get_slice(name).get_shape())
-            if seen != shape:
-                raise ValueError(f"{base.path}: {name} has shape {list(seen)}, config.json says {list(shape)}")
+        self._files = {}
+        self._file_of = {name: weight.file for name, weight in BaseCheckpoint(path).weights.items()}
+
+    def _slice(self, name: str):
+        file = self._file_of[name]
+        if file not in self._files:
+            self._files[file] = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+        return self._files[file].get_slice(name)
 
     def get(self, name: str, *, dim: int | None = None, part: int = 0, parts: int = 1) -> torch.Tensor:
         """One tensor, or the ``part``-th of ``parts`` equal slices along ``dim``; only that much is read."""
-        view = self._file_of[name].get_slice(name)
+        view = self._slice(name)
         if dim is None or parts == 1:
             return view[:]
         size = view.get_shape()[dim] // parts
@@ -181,7 +183,7 @@ class Weights:
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows ``start`` to ``stop`` that exist, of a matrix that may end before ``stop``."""
-        view = self._file_of[name].get_slice(name)
+        view = self._slice(name)
         size = view.get_shape()[0]
         return view[min(start, size) : min(stop, size)]
 
@@ -218,19 +220,6 @@ def _rope(config: dict, config_file: Path) -> tuple[float, dict | None]:
     if kind != "llama3" or any(key not in scaling for key in keys):
         raise ValueError(f"{config_file}: rope type {kind!r} is not supported, only 'default' and 'llama3'")
     return theta, {key: scaling[key] for key in keys}
-
-
-def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = json.loads(index.read_text())["weight_map"].values()
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{index}: not a safetensors index: {error!r}") from None
-        return [path / name for name in sorted(set(names))]
-    if not (path / "model.safetensors").is_file():
-        raise ValueError(f"{path}: neither model.safetensors nor model.safetensors.index.json")
-    return [path / "model.safetensors"]
 
 
 def _listed(names, limit: int = 4) -> str:

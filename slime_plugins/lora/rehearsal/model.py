@@ -15,18 +15,18 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ..layout import gated_parts, qkv_parts
-from .hf_base import HFBase, Weights
+from slime_plugins.lora.layout import gated_parts, qkv_parts
+from slime_plugins.lora.rehearsal.hf_base import HFBase, Weights
 
 _LAYER = re.compile(r"decoder\.layers\.\d+\.(.+)")
 _NORMS = {
@@ -69,7 +69,7 @@ def build_chunks(
         layer_spec: of one decoder layer; Megatron's local spec by default.
         apply: called with the list of chunks, the base loaded; the place for ``apply_lora``, before any DDP wrapper.
     Raises:
-        UsageError: the directory has no config, or the model does not split this way.
+        UsageError: no checkpoint there, or the model does not split this way.
         ValueError: unsupported architecture, bad files, or a parameter left without a value.
     """
     base = HFBase.read(hf_dir)
@@ -78,7 +78,7 @@ def build_chunks(
     config = transformer_config(base, dtype=dtype, sequence_parallel=sequence_parallel, vpp=vpp, recompute=recompute)
     layer = (layer_spec or local_layer_spec)(base, config)
     chunks = [_chunk(base, config, layer, stage if vpp else None) for stage in range(vpp or 1)]
-    with Weights(base) as weights:
+    with Weights(base.path) as weights:
         for chunk in chunks:
             _mark_shards(chunk)
             load_base(chunk, base, weights)
@@ -95,10 +95,11 @@ def _mark_shards(chunk: GPTModel) -> None:
     Grad norms and parameter counts go by these marks.
     """
     for module in chunk.modules():
+        if not isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
+            continue
         dim = 1 if isinstance(module, RowParallelLinear) else 0
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
-            if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
-                set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
+        if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 
 def transformer_config(
