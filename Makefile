@@ -6,7 +6,7 @@ READY := $(VENV)/.slime-lora-ready
 READY_ALL := $(VENV)/.slime-lora-ready-all
 # CPU pins only where there is no CUDA device: on a GPU machine the torch that is there must stay.
 CONSTRAINTS := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' || echo '-c constraints-cpu.txt')
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(CONSTRAINTS)
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq $(CONSTRAINTS)
 REHEARSE_ARGS ?=
 PYTEST_ARGS ?=
 
@@ -53,7 +53,7 @@ lint: $(READY)
 	@bash -n .ci/run examples/lora/*.sh
 
 bench: $(READY)
-	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in bench/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache bench/out

@@ -51,9 +51,17 @@ def test_exit_code_is_the_verbs_own(run_verb):
     [
         (UsageError("rank is 0"), 2, "slime-lora: error: rank is 0\n"),
         (ValueError("adapter is\n  empty"), 1, "slime-lora: error: adapter is empty\n"),
-        (FileNotFoundError(2, "No such file or directory", "x"), 1, "slime-lora: error: x: No such file or directory\n"),
+        (
+            FileNotFoundError(2, "No such file or directory", "x"),
+            1,
+            "slime-lora: error: x: No such file or directory\n",
+        ),
         (OSError("disk full"), 1, "slime-lora: error: disk full\n"),
-        (json.JSONDecodeError("Expecting value", "", 0), 1, "slime-lora: error: Expecting value: line 1 column 1 (char 0)\n"),
+        (
+            json.JSONDecodeError("Expecting value", "", 0),
+            1,
+            "slime-lora: error: Expecting value: line 1 column 1 (char 0)\n",
+        ),
         (KeyboardInterrupt(), 130, "slime-lora: interrupted\n"),
     ],
 )
@@ -71,7 +79,9 @@ def test_missing_package_names_the_extra_that_brings_it(run_verb):
 
 def test_a_module_of_our_own_that_is_missing_is_a_bug_and_shows_its_traceback(run_verb):
     with pytest.raises(ModuleNotFoundError):
-        run_verb(raising(ModuleNotFoundError("No module named 'slime_plugins.lora.gone'", name="slime_plugins.lora.gone")))
+        run_verb(
+            raising(ModuleNotFoundError("No module named 'slime_plugins.lora.gone'", name="slime_plugins.lora.gone"))
+        )
 
 
 def test_other_exceptions_are_bugs_and_show_their_traceback(run_verb):

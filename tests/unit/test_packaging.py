@@ -65,7 +65,9 @@ def test_wheel_metadata(wheel):
     assert f"Version: {__version__}" in text["METADATA"]
     assert "License-Expression: Apache-2.0" in text["METADATA"]
     assert "slime-lora = slime_plugins.lora.cli:main" in text["entry_points.txt"]
-    plain = [line for line in text["METADATA"].splitlines() if line.startswith("Requires-Dist") and "extra" not in line]
+    plain = [
+        line for line in text["METADATA"].splitlines() if line.startswith("Requires-Dist") and "extra" not in line
+    ]
     # What a slime install already has, without upper bounds that could change it.
     assert plain == ["Requires-Dist: torch>=2.6", "Requires-Dist: safetensors", "Requires-Dist: packaging"]
 
