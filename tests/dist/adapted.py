@@ -18,10 +18,19 @@ from slime_plugins.lora.names import hf_names
 from slime_plugins.lora.rehearsal.model import build_chunks
 
 
-def adapted_chunks(hf_dir, config: LoRAConfig, *, sp=False, vpp=None, recompute=None, dtype=torch.float32, **kwargs):
+def adapted_chunks(
+    hf_dir, config: LoRAConfig, *, sp=False, vpp=None, recompute=None, dtype=torch.float32, layer_spec=None, **kwargs
+):
     """Pipeline chunks with adapters, base frozen, not wrapped."""
-    apply = partial(apply_lora, config=config, **kwargs)
-    return build_chunks(hf_dir, dtype=dtype, sequence_parallel=sp, vpp=vpp, recompute=recompute, apply=apply)
+    return build_chunks(
+        hf_dir,
+        dtype=dtype,
+        sequence_parallel=sp,
+        vpp=vpp,
+        recompute=recompute,
+        layer_spec=layer_spec,
+        apply=partial(apply_lora, config=config, **kwargs),
+    )
 
 
 def wrap(chunks, *, bucket_size=None, distributed_optimizer=True):
@@ -53,7 +62,7 @@ def optimizer_for(model, *, lr=1e-2, name="adam", distributed_optimizer=True, bf
 
 def shard(linear, values: dict[str, tuple[torch.Tensor, torch.Tensor]]):
     """This rank's [A per stacked A], [B per part] out of whole (A, B) pairs by projection name, cut independently."""
-    spec, tp, tp_size = linear.lora, linear.tp_group.rank(), linear.tp_group.size()
+    spec, tp, tp_size = linear.lora, linear.lora_tp_group.rank(), linear.lora_tp_size
     names = {name.rsplit(".", 1)[-1]: name for name in hf_names(spec.name)}
     As, Bs = [], []
     for part in spec.parts:
@@ -80,8 +89,8 @@ def own_B(linear, index: int, B: torch.Tensor) -> torch.Tensor:
 def set_adapters(chunks, layout: str, rank: int) -> None:
     """Give every adapter the reference's values."""
     for linear in iter_adapters(chunks):
-        spec, tp_size = linear.lora, linear.tp_group.size()
-        rows, columns = linear.weight.shape
+        spec, tp_size = linear.lora, linear.lora_tp_size
+        columns = linear.weight.shape[1]
         values = {}
         for part, name in zip(spec.all_parts, hf_names(spec.name)):
             fan_in = columns * (tp_size if spec.parallel == "row" else 1)
@@ -100,11 +109,11 @@ def set_adapters(chunks, layout: str, rank: int) -> None:
 def randomize(chunks, scale=0.05) -> None:
     """Non-zero A and B that are equal at every parallelism: drawn whole, by name, then cut."""
     for linear in iter_adapters(chunks):
-        spec, tp_size = linear.lora, linear.tp_group.size()
+        spec, tp_size = linear.lora, linear.lora_tp_size
         for i, part in enumerate(spec.parts):
             out = part.size * (tp_size if spec.parallel == "column" else 1)
             B = scale * draw(f"B {spec.name} {part.name}", out, spec.rank)
-            B = B.chunk(tp_size)[linear.tp_group.rank()] if spec.parallel == "column" else B
+            B = B.chunk(tp_size)[linear.lora_tp_group.rank()] if spec.parallel == "column" else B
             if spec.in_base_order:
                 linear.lora_B[part.index()] = B.to(linear.lora_B)
             else:
@@ -159,6 +168,19 @@ def train_step(model, optimizer, tokens, *, microbatches=1):
     finalize_model_grads(model)
     grad_norm = optimizer.step()[1] if optimizer is not None else None
     return loss, grad_norm
+
+
+def gradient_errors(model, ref_grads) -> dict[str, float]:
+    """Worst error of this rank's A and B gradient shards against whole (dA, dB) pairs; number of adapters."""
+    errors = {"A": 0.0, "B": 0.0, "adapters": 0}
+    for linear in iter_adapters(model):
+        As, Bs = shard(linear, ref_grads)
+        dA = torch.cat(As) if linear.lora.split else sum(As)
+        errors["A"] = max(errors["A"], relative(linear.lora_A.main_grad - dA, dA))
+        for i, dB in enumerate(Bs):
+            errors["B"] = max(errors["B"], relative(own_B(linear, i, linear.lora_B.main_grad) - dB, dB))
+        errors["adapters"] += 1
+    return errors
 
 
 def gather_logits(logits: torch.Tensor | None, vocab_size: int) -> torch.Tensor | None:

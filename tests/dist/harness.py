@@ -62,10 +62,13 @@ class WorkerError(RuntimeError):
 
 
 class WorkerPool:
-    """``world_size`` processes, one per rank, one torch thread each."""
+    """``world_size`` processes, one per rank, one torch thread each.
 
-    def __init__(self, world_size: int):
-        self.world_size = world_size
+    ``path``: put in front of the workers' import path, for stand-ins that Megatron looks for when it is imported.
+    """
+
+    def __init__(self, world_size: int, path: tuple[str, ...] = ()):
+        self.world_size, self._path = world_size, path
         self._workers: list[tuple[multiprocessing.Process, Connection]] = []
 
     def run(self, fn: Callable, *args, timeout: float = 120.0, seed: int = 1234, **layout) -> list[Any]:
@@ -101,7 +104,9 @@ class WorkerPool:
         store = tempfile.mkdtemp(prefix="slime-lora-test-")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(rank, self.world_size, store, theirs), daemon=True)
+            process = context.Process(
+                target=_worker, args=(rank, self.world_size, store, theirs, self._path), daemon=True
+            )
             process.start()
             theirs.close()  # so that the worker's death is an end of file here
             self._workers.append((process, ours))
@@ -133,11 +138,12 @@ def _worker_error(failed: dict, missing: list[int], timeout: float) -> WorkerErr
     return WorkerError(errors, "\n".join(report))
 
 
-def _worker(rank: int, world_size: int, store: str, connection: Connection) -> None:
+def _worker(rank: int, world_size: int, store: str, connection: Connection, path: tuple[str, ...]) -> None:
     """The life of one process: set up, then one message after the other until the parent closes the pipe."""
     os.environ["OMP_NUM_THREADS"] = "1"
     if os.environ.get("MEGATRON_DIR"):
         sys.path.insert(0, os.environ["MEGATRON_DIR"])
+    sys.path[:0] = path
     import torch
 
     from slime_plugins.lora.rehearsal import cpu

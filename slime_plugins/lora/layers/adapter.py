@@ -5,6 +5,7 @@ class becomes a subclass with ``LoRALinear`` in front. Per rank (T tensor-parall
 
     column   lora_A [P*R, I]    replicated          lora_B [rows/T, R]  sharded with the base's rows
     row      lora_A [P*R, I/T]  sharded on dim 1    lora_B [O, R]       replicated
+    duplicated   lora_A [P*R, I], lora_B [rows, R], both replicated, like the base
 
 ``rows`` are those of the adapted projections. They lie in the base's own order if one block covers the whole linear,
 else projection after projection, each in Hugging Face order.
@@ -22,7 +23,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from slime_plugins.lora.layers.lowrank import Collective, down, up
-from slime_plugins.lora.layers.spec import AdapterSpec
+from slime_plugins.lora.layers.spec import AdapterSpec, tp_group_of
 
 # parallel mode, sequence parallel -> collective on h forward, on dh backward. See the table in ``lowrank``.
 COLLECTIVES = {
@@ -30,7 +31,12 @@ COLLECTIVES = {
     ("column", True): ("gather", "scatter"),
     ("row", False): ("sum", "none"),
     ("row", True): ("scatter", "gather"),
+    ("duplicated", False): ("none", "none"),
+    ("duplicated", True): ("none", "none"),
 }
+# parallel mode -> the replicated parameters. Under sequence parallelism a rank's gradient of them covers its own
+# tokens alone, and must be summed over tensor-parallel ranks.
+REPLICATED = {"column": ("lora_A",), "row": ("lora_B",), "duplicated": ("lora_A", "lora_B")}
 
 
 class LoRALinear:
@@ -74,22 +80,23 @@ class LoRALinear:
         them (as Megatron does for its own dropouts).
         """
         sharded = self.lora.parallel == "row" or self.lora_sequence_parallel
-        if sharded and self.lora_tp_size > 1:
+        if sharded and self.lora_tp_group.size() > 1:
             with get_cuda_rng_tracker().fork():
                 return torch.nn.functional.dropout(x, self.lora.config.dropout)
         return torch.nn.functional.dropout(x, self.lora.config.dropout)
 
     @property
     def lora_tp_group(self):
-        return self.tp_group
+        return tp_group_of(self)
 
     @property
     def lora_tp_size(self) -> int:
-        return self.lora_tp_group.size()
+        """Number of shards of the base weight."""
+        return 1 if self.lora.parallel == "duplicated" else self.lora_tp_group.size()
 
     @property
     def lora_sequence_parallel(self) -> bool:
-        return self.config.sequence_parallel and self.lora_tp_size > 1
+        return self.config.sequence_parallel and self.lora_tp_group.size() > 1
 
     def lora_delta_weight(self) -> torch.Tensor:
         """scaling * B A for this rank's shard of the base weight, float32 [O, I], no communication."""
@@ -142,9 +149,9 @@ def adapt(linear: torch.nn.Module, lora_class: type, spec: AdapterSpec, dtype: t
     linear.lora_B = torch.nn.Parameter(torch.zeros(spec.rows, spec.rank, device=weight.device, dtype=dtype))
     _mark(linear.lora_A, sharded_dim=1 if spec.parallel == "row" else None)
     _mark(linear.lora_B, sharded_dim=0 if spec.parallel == "column" else None)
-    partial = {"column": linear.lora_A, "row": linear.lora_B}[spec.parallel]
-    # Each rank has seen its own tokens only: Megatron's finalize_model_grads sums marked gradients over TP, once.
-    partial.sequence_parallel = linear.lora_sequence_parallel
+    for name in REPLICATED[spec.parallel]:
+        # Megatron's finalize_model_grads sums marked gradients over TP, once.
+        getattr(linear, name).sequence_parallel = linear.lora_sequence_parallel
 
 
 def _mark(parameter: torch.nn.Parameter, sharded_dim: int | None) -> None:

@@ -1,6 +1,8 @@
-"""LoRA forms of Megatron-Core's own (local) linears."""
+"""LoRA forms of Megatron-Core's own (local) linears, and the registry of all forms."""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -24,5 +26,13 @@ LORA_CLASSES = {
 
 
 def adapted_class(linear: torch.nn.Module) -> tuple[type, str] | None:
-    """The LoRA class for this linear's exact class, and its parallel mode; None if there is none."""
-    return LORA_CLASSES.get(type(linear))
+    """The LoRA class for this linear's exact class, and its parallel mode; None if there is none.
+
+    TransformerEngine is never imported from here: a model that has its linears has loaded Megatron's module for them.
+    """
+    extension = sys.modules.get("megatron.core.extensions.transformer_engine")
+    if not getattr(extension, "HAVE_TE", False):
+        return LORA_CLASSES.get(type(linear))
+    from slime_plugins.lora.layers import te
+
+    return (LORA_CLASSES | te.LORA_CLASSES).get(type(linear))

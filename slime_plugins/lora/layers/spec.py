@@ -21,7 +21,7 @@ class AdapterSpec:
     name: str
     """Global Megatron name: ``decoder.layers.3.mlp.linear_fc1``, layer counted over all pipeline stages."""
     parallel: str
-    """``column`` or ``row``."""
+    """``column``, ``row``, or ``duplicated``: W, A and B whole on every tensor-parallel rank."""
     rank: int
     """Width of each A; narrower projections of a split layout are padded with zero rows, which stay zero."""
     ranks: tuple[int, ...]
@@ -74,6 +74,11 @@ class AdapterSpec:
         return self.parts[index].take(lora_B) if self.in_base_order else lora_B[self.blocks[index].rows]
 
 
+def tp_group_of(linear: torch.nn.Module):
+    """The tensor-parallel group of a Megatron linear. TE's own ``tp_group`` is None where TE does not communicate."""
+    return linear._tp_group if hasattr(linear, "_tp_group") else linear.tp_group
+
+
 def spec_for(
     linear: torch.nn.Module, name: str, parallel: str, part_numbers: tuple[int, ...], config: LoRAConfig
 ) -> AdapterSpec:
@@ -96,7 +101,7 @@ def spec_for(
             f"rank_pattern gives the projections of {name} ranks {sorted(set(ranks))}, but in layout 'fused' they "
             f"share one A; use --lora-layout split, or name {name.rsplit('.', 1)[-1]} instead"
         )
-    tp_size = linear.tp_group.size()
+    tp_size = tp_group_of(linear).size()
     rows, columns = linear.weight.shape
     full_in = columns * (tp_size if parallel == "row" else 1)
     for part, rank in zip(parts, ranks):
@@ -129,7 +134,7 @@ def _parts_of(linear: torch.nn.Module, name: str) -> tuple[Part, ...]:
         if not config.gated_linear_unit:
             raise UsageError(f"{name} is not gated; LoRA export knows gated MLPs (gate_proj, up_proj) only")
         return gated_parts(rows, leaves)
-    tp_size = linear.tp_group.size()
+    tp_size = tp_group_of(linear).size()
     if config.num_query_groups % tp_size:
         raise UsageError(
             f"tensor-parallel size {tp_size} cuts through the {config.num_query_groups} query groups of {name}; "
