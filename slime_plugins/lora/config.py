@@ -40,7 +40,7 @@ class LoRAConfig:
     use_rslora: bool = False
     """Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732)."""
     init: str = "kaiming"
-    """Of A: ``kaiming`` = uniform(-1/sqrt(in), 1/sqrt(in)), PEFT's default; ``gaussian`` = N(0, 1/rank^2). B is zero."""
+    """Of A: ``kaiming`` = uniform(+-1/sqrt(in)), PEFT's default; ``gaussian`` = N(0, 1/rank^2). B is zero."""
     dtype: str | None = None
     """Adapter dtype (``float32``, ``bfloat16``, ``float16``); None takes the base weight's."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)

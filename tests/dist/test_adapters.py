@@ -1,6 +1,6 @@
 """What apply_lora puts in, and what switching it off or merging it leaves: hazards 3, 6, 12, 19 of the design.
 
-    pytest tests/dist/test_adapters.py
+pytest tests/dist/test_adapters.py
 """
 
 from __future__ import annotations
@@ -74,7 +74,10 @@ def test_the_report_counts_whole_matrices_once(pool2, tmp_path_factory, family):
             assert report.adapter_bytes == 4 * trainable
             assert len(report.modules) == 16 and len({m.name for m in report.modules}) == 16
             assert local == trainable if not sizes else local < trainable
-            assert f"trainable params: {trainable:,} || all params: {total:,}" in text and "q_proj, k_proj, v_proj" in text
+            assert (
+                f"trainable params: {trainable:,} || all params: {total:,}" in text
+                and "q_proj, k_proj, v_proj" in text
+            )
 
 
 def test_patterns(pool2, tmp_path_factory):
@@ -111,7 +114,12 @@ def dtypes_of(layout: Layout, hf_dir, dtype):
     kept = all(torch.equal(linear.lora_A, A) for linear, A in zip(linears, before))
     adapted.randomize([model])
     out = adapted.run_schedule(adapted.wrap([model]), TOKENS)
-    return {p.dtype for linear in linears for p in (linear.lora_A, linear.lora_B)}, kept, out.item(), linears[0].weight.dtype
+    return (
+        {p.dtype for linear in linears for p in (linear.lora_A, linear.lora_B)},
+        kept,
+        out.item(),
+        linears[0].weight.dtype,
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", None])
@@ -164,7 +172,11 @@ def misuse(layout: Layout, hf_dir, how):
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("twice", "carries an adapter already"), ("wrapped", "DDP has wrapped"), ("disable", "no adapters; call apply_lora")],
+    [
+        ("twice", "carries an adapter already"),
+        ("wrapped", "DDP has wrapped"),
+        ("disable", "no adapters; call apply_lora"),
+    ],
 )
 def test_misuse(pool1, tmp_path_factory, how, message):
     with pytest.raises(WorkerError, match=message):

@@ -1,6 +1,6 @@
 """Twenty steps of real training: tensor-parallel sizes agree, replicas stay bit-identical, the base stays frozen.
 
-    pytest tests/dist/test_training.py
+pytest tests/dist/test_training.py
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def checksum(tensors) -> str:
 
 
 def base_checksum(model) -> str:
-    named = ((f"{i}.{name.removeprefix('module.')}", p) for i, c in enumerate(model) for name, p in c.named_parameters())
+    named = (
+        (f"{i}.{name.removeprefix('module.')}", p) for i, c in enumerate(model) for name, p in c.named_parameters()
+    )
     return checksum(pair for pair in named if "lora_" not in pair[0])
 
 

@@ -34,7 +34,7 @@ def export_peft(model, out_dir: str | os.PathLike, *, hf_checkpoint: str | os.Pa
     problem = None
     if projections is not None and _is_writer():
         try:
-            write_adapter(out_dir, *to_peft(projections, config_of(model), hf_checkpoint))
+            write_adapter(out_dir, *to_peft(projections, config_of(model), hf_checkpoint), base=hf_checkpoint)
         except (ValueError, OSError) as error:
             problem = error
     _raise_everywhere(problem)

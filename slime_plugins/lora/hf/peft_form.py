@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -10,9 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from slime_plugins.lora.config import LoRAConfig
-from slime_plugins.lora.errors import UsageError
-
-PREFIX = "base_model.model."
+from slime_plugins.lora.hf.headers import BaseCheckpoint
+from slime_plugins.lora.hf.peft_config import key_of, target_list
 
 
 @dataclass(frozen=True)
@@ -29,48 +27,43 @@ class Projection:
     """Factor on B A."""
 
 
-def read_base_config(hf_checkpoint: str | os.PathLike) -> dict:
-    """``config.json`` of a Hugging Face checkpoint directory. Raises UsageError if there is none or it is no JSON."""
-    path = os.path.join(hf_checkpoint, "config.json")
-    try:
-        with open(path, encoding="utf8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        raise UsageError(
-            f"{hf_checkpoint} has no config.json; expected the directory of a Hugging Face checkpoint"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is not JSON: {error}") from None
-
-
 def to_peft(
     projections: list[Projection], config: LoRAConfig, hf_checkpoint: str | os.PathLike
 ) -> tuple[dict, dict[str, torch.Tensor]]:
     """``adapter_config.json`` and the tensors of ``adapter_model.safetensors`` in the flat form of design section 3.
 
     One rank (the largest; smaller ones padded with zero rows) and one alpha (other scalings folded into B), because
-    SGLang ignores patterns and ``use_rslora`` in silence. No tensor shares storage with another (safetensors refuses).
+    SGLang ignores patterns and ``use_rslora`` in silence.
 
     Raises:
-        ValueError: no projection at all.
+        UsageError: ``hf_checkpoint`` is not a checkpoint directory.
+        ValueError: no projection at all, or one that does not fit the base.
     """
     if not projections:
         raise ValueError("there is no adapter to export: no linear of this model carries one")
-    base = read_base_config(hf_checkpoint)
+    base = BaseCheckpoint(hf_checkpoint)
     rank = max(p.A.shape[0] for p in projections)
     scaling = Counter(p.scaling for p in projections).most_common(1)[0][0]
     tensors = {}
     for p in projections:
+        shape = (p.B.shape[0], p.A.shape[1])
+        found = base.linear_shape(p.name)
+        if found != shape:
+            has = f"has {list(found)}" if found else "has none of that name"
+            raise ValueError(
+                f"the adapter of {p.name} is for a {list(shape)} matrix, but {hf_checkpoint} {has}; "
+                "give the checkpoint that it was trained on"
+            )
         pad = rank - p.A.shape[0]
         A, B = p.A.detach().cpu(), p.B.detach().cpu()
         if p.scaling != scaling:
             B = (B.float() * (p.scaling / scaling)).to(B.dtype)
         A, B = torch.nn.functional.pad(A, (0, 0, 0, pad)), torch.nn.functional.pad(B, (0, pad))
-        tensors[f"{PREFIX}{p.name}.lora_A.weight"] = A.contiguous().clone()
-        tensors[f"{PREFIX}{p.name}.lora_B.weight"] = B.contiguous().clone()
+        tensors[key_of(p.name, "A")] = A
+        tensors[key_of(p.name, "B")] = B
     peft_config = config.to_peft(
         base_model=_base_name(hf_checkpoint),
-        target_modules=_target_modules([p.name for p in projections], base["num_hidden_layers"]),
+        target_modules=target_list((p.name for p in projections), base.linears - {"lm_head"}),
         rank=rank,
         alpha=_alpha(scaling, rank),
     )
@@ -86,12 +79,3 @@ def _alpha(scaling: float, rank: int) -> float:
 def _base_name(hf_checkpoint: str | os.PathLike) -> str:
     path = os.fspath(hf_checkpoint)
     return os.path.abspath(path) if os.path.isdir(path) else path
-
-
-def _target_modules(names: list[str], num_layers: int) -> list[str]:
-    """Leaf names where every layer has them; full names otherwise, or PEFT would add untrained adapters elsewhere."""
-    leaves = Counter(name.rsplit(".", 1)[-1] for name in names)
-    targets = dict.fromkeys(
-        leaf if leaves[leaf := name.rsplit(".", 1)[-1]] == num_layers else name for name in names
-    )
-    return list(targets)

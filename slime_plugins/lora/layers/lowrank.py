@@ -136,7 +136,7 @@ class _Up(torch.autograd.Function):
                 dh_NR[:, block.cols] += dh
             if dB_OR is not None:
                 _write_dB_block(dB_OR[block.rows], dy_block, h_NR[:, block.cols], block.scaling)
-        # Autograd wants a gradient of h's shape; the exchanged one, of other tokens, reaches ``_Down`` by the exchange.
+        # Autograd wants a gradient of h's shape; the exchanged one, of other tokens, reaches ``_Down`` beside it.
         ctx.backward_exchange.start(dh_NR)
         return dy, dh_NR, dB_OR, None, None, None
 
