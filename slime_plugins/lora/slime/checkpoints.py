@@ -1,0 +1,205 @@
+"""Loading and saving in slime: the base as slime does it with the adapters out of sight, the adapters by themselves.
+
+--load                      first run                       resumed
+missing, or a base          base from it (or --ref-load)    -
+a checkpoint of adapters    -                               base from --ref-load, else --hf-checkpoint; adapters,
+                                                            their optimizer, scheduler and RNG from it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.hf.export import export_peft
+from slime_plugins.lora.layers import hide_adapters
+from slime_plugins.lora.slime.merged_sync import sending
+from slime_plugins.lora.slime.paths import adapter_step_dir
+from slime_plugins.lora.slime.policies import has_adapters, is_adapter, remember_base
+
+logger = logging.getLogger(__name__)
+
+MERGED = "merged"
+"""Directory below --save-hf's for the merged model of --lora-save-merged."""
+
+
+def loading(load_checkpoint):
+    """Hook: ``load_checkpoint``. Without an optimizer (slime's other policies) it loads base weights alone."""
+
+    @functools.wraps(load_checkpoint)
+    def hooked(ddp_model, optimizer, opt_param_scheduler, *more, **kwargs):
+        if not has_adapters(ddp_model):
+            return load_checkpoint(ddp_model, optimizer, opt_param_scheduler, *more, **kwargs)
+        from megatron.training.global_vars import get_args
+
+        args = get_args()
+
+        def load_base():
+            return load_checkpoint(ddp_model, None, None, *more, **kwargs)
+
+        if optimizer is None:
+            with _base_only(ddp_model):
+                return load_base()
+        return _load(args, ddp_model, optimizer, opt_param_scheduler, load_base), 0
+
+    return hooked
+
+
+def _load(args: Namespace, model, optimizer, scheduler, load_base) -> int:
+    """Base, then adapters. Returns the iteration that slime goes on from, as its own loader does."""
+    from slime_plugins.lora.checkpoint import load_adapter
+
+    resumed = adapter_step_dir(args.load, args.ckpt_step) is not None
+    base, base_step = base_source(args)
+    with (
+        _base_only(model),
+        _changed(args, load=str(base), ckpt_step=base_step, finetune=True, no_load_optim=True, no_load_rng=True),
+    ):
+        load_base()
+    remember_base(model, base, base_step)
+    logger.info("LoRA: base from %s", base)
+    iteration = 0
+    if resumed:
+        fresh = args.finetune or args.no_load_optim
+        step = load_adapter(
+            model,
+            args.load,
+            step=args.ckpt_step,
+            optimizer=None if fresh else optimizer,
+            scheduler=None if fresh else scheduler,
+        )
+        iteration = 0 if args.finetune else step
+        logger.info("LoRA: adapters of step %s from %s%s", step, args.load, ", optimizer fresh" if fresh else "")
+        if fresh:
+            optimizer.reload_model_params()
+    else:
+        if args.lora_adapter_path:
+            _start_from(model, args.lora_adapter_path)
+        optimizer.reload_model_params()  # or the first step would undo the load
+    return iteration
+
+
+def base_source(args: Namespace) -> tuple[str, int | None]:
+    """Where the base weights come from, and which step of it.
+
+    Raises:
+        UsageError: a resumed run that does not say what its base is.
+    """
+    if adapter_step_dir(args.load, args.ckpt_step) is None:
+        return args.load, args.ckpt_step
+    base = args.ref_load or args.hf_checkpoint
+    if base is None or not Path(base).exists():
+        raise UsageError(f"--load {args.load} holds adapters; give their base with --ref-load")
+    if adapter_step_dir(base) is not None:
+        raise UsageError(
+            f"--ref-load {base} holds adapters, not a base; give the base that {args.load} was trained on"
+        )
+    return base, args.ref_ckpt_step
+
+
+def _start_from(model, path: str) -> None:
+    """Adapter values from a PEFT directory or from a checkpoint of adapters."""
+    if adapter_step_dir(path) is not None:
+        from slime_plugins.lora.checkpoint import load_adapter
+
+        load_adapter(model, path)
+    else:
+        from slime_plugins.lora.hf.import_ import import_peft
+
+        import_peft(model, path)
+    logger.info("LoRA: adapters start from %s", path)
+
+
+def saving(save_checkpoint):
+    """Hook: Megatron's ``save_checkpoint`` as slime calls it. Adapters and what trains them; never the base."""
+
+    @functools.wraps(save_checkpoint)
+    def hooked(iteration, model, optimizer, opt_param_scheduler, *more, **kwargs):
+        if not has_adapters(model):
+            return save_checkpoint(iteration, model, optimizer, opt_param_scheduler, *more, **kwargs)
+        from megatron.training.global_vars import get_args
+
+        from slime_plugins.lora.checkpoint import save_adapter
+
+        args = get_args()
+        save_adapter(
+            model,
+            args.save,
+            step=iteration,
+            optimizer=None if args.no_save_optim else optimizer,
+            scheduler=None if args.no_save_optim else opt_param_scheduler,
+        )
+        if args.lora_export_dir:
+            out = Path(args.lora_export_dir) / f"iter_{iteration:07d}"
+            logger.info("LoRA: PEFT adapter in %s", export_peft(model, out, hf_checkpoint=args.hf_checkpoint))
+        return None
+
+    return hooked
+
+
+def saving_hf(save_hf):
+    """Hook: slime's writer of Hugging Face checkpoints, which serves ``--save-hf`` and the disk weight sync alike."""
+
+    @functools.wraps(save_hf)
+    def hooked(args: Namespace, where, model, **kwargs):
+        from slime_plugins.lora.slime import merged_sync
+
+        if not has_adapters(model) or merged_sync.is_sending():
+            return save_hf(args, where, model, **kwargs)
+        by_number = not isinstance(where, (str, Path))  # before v0.3.1: a rollout's number
+        out = Path(args.save_hf.format(rollout_id=where) if by_number else where)
+        logger.info("LoRA: PEFT adapter in %s", export_peft(model, out, hf_checkpoint=args.hf_checkpoint))
+        if args.lora_save_merged:
+            with sending(model), _changed(args, save_hf=str(out / MERGED)):
+                save_hf(args, where if by_number else out / MERGED, model, **kwargs)
+            logger.info("LoRA: merged model in %s", out / MERGED)
+        return None
+
+    return hooked
+
+
+@contextlib.contextmanager
+def _base_only(model) -> Iterator[None]:
+    """Inside, loaders see the base alone. On exit every base weight must have been written.
+
+    slime's Megatron skips checkpoint keys that are missing and leaves what was there: so that nothing random is
+    taken for the base, the weights are made NaN first.
+
+    Raises:
+        ValueError: naming the base weights that the checkpoint does not have.
+    """
+    with contextlib.ExitStack() as hidden, torch.no_grad():
+        for chunk in model:
+            hidden.enter_context(hide_adapters(chunk))
+            for parameter in chunk.parameters():
+                parameter.fill_(float("nan"))
+        yield
+        missing = [
+            name
+            for chunk in model
+            for name, parameter in chunk.named_parameters()
+            if not is_adapter(name) and bool(parameter.isnan().all())
+        ]
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ValueError(f"the base checkpoint has no weights for {shown}; is it a checkpoint of this model?")
+
+
+@contextlib.contextmanager
+def _changed(args: Namespace, **values) -> Iterator[None]:
+    """Inside, these attributes of slime's arguments have these values."""
+    before = {name: getattr(args, name) for name in values if hasattr(args, name)}
+    vars(args).update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            delattr(args, name)
+        vars(args).update(before)
