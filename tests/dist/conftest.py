@@ -1,7 +1,13 @@
 """Worker pools, started at most once per session and only when a test asks for that size."""
 
+import os
+import sys
+
 import pytest
 from harness import WorkerPool
+
+if os.environ.get("MEGATRON_DIR"):  # the workers' Megatron, for what the test modules themselves import
+    sys.path.insert(0, os.environ["MEGATRON_DIR"])
 
 
 @pytest.fixture(scope="session")
