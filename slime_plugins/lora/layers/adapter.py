@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from slime_plugins.lora.layers.lowrank import Collective, down, up
+from slime_plugins.lora.layers.sharding import adapter_sharded_tensors
 from slime_plugins.lora.layers.spec import AdapterSpec, tp_group_of
 
 # parallel mode, sequence parallel -> collective on h forward, on dh backward. See the table in ``lowrank``.
@@ -124,13 +125,11 @@ class LoRALinear:
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """The base's own entries and the adapter's, which the base would take for replicated tensors."""
-        from slime_plugins.lora.checkpoint_shards import adapter_sharded_tensors
-
         if "lora_A" not in self._parameters:  # inside hide_adapters
             return super().sharded_state_dict(prefix, sharded_offsets, metadata)
         with hide_adapters(self):
             state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        state.update(adapter_sharded_tensors(self, prefix, sharded_offsets, metadata))
+        state.update(adapter_sharded_tensors(self, prefix, sharded_offsets))
         return state
 
 
