@@ -1,0 +1,247 @@
+"""Break the code on purpose, once per hazard of docs/design.md, and see the tests go red.
+
+    python tests/hazards.py            # all; some 30 s each on 2 cores
+    python tests/hazards.py 3 19       # by hazard number
+    python tests/hazards.py --list
+
+Each entry replaces a piece of text in a copy of the tree (it must occur exactly once: an entry that no longer fits is
+an error, not a pass) and runs the tests named. Exit 0: every broken copy failed its tests. The tree is not touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LORA = "slime_plugins/lora/"
+
+
+@dataclass(frozen=True)
+class Break:
+    hazard: str
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+BREAKS = [
+    Break(
+        "1",
+        "gather a gated B by plain concatenation of shards",
+        LORA + "hf/export.py",
+        "            B = _gather_tp(B, linear.lora_tp_group, dim=0)\n",
+        "            n = B.shape[0] * linear.lora_tp_size\n"
+        "            whole = _gather_tp(linear.lora_B.detach(), linear.lora_tp_group, dim=0)\n"
+        "            gathered = _gather_tp(B, linear.lora_tp_group, dim=0)\n"
+        "            B = whole[i * n : i * n + n] if len(spec.parts) == 2 else gathered\n",
+        "tests/dist/test_export.py -k families",
+    ),
+    Break(
+        "2",
+        "take q, k, v for consecutive blocks of rows",
+        LORA + "layout.py",
+        "    q_rows = num_heads // num_query_groups * head_dim\n",
+        "    head_dim, num_heads, num_query_groups = head_dim * num_query_groups, num_heads // num_query_groups, 1\n"
+        "    q_rows = num_heads * head_dim\n",
+        "tests/unit/test_layout.py tests/dist/test_base_model.py",
+    ),
+    Break(
+        "3",
+        "leave out the sum of replicated gradients under sequence parallelism",
+        LORA + "layers/adapter.py",
+        "getattr(linear, name).sequence_parallel = linear.lora_sequence_parallel",
+        "getattr(linear, name).sequence_parallel = False",
+        "tests/dist/test_training.py -k sizes_agree",
+    ),
+    Break(
+        "3",
+        "sum replicated gradients twice",
+        "tests/dist/adapted.py",
+        "    finalize_model_grads(model)\n",
+        "    finalize_model_grads(model)\n    finalize_model_grads(model)\n",
+        "tests/dist/test_training.py -k sizes_agree",
+    ),
+    Break(
+        "3",
+        "draw A from a seed of each rank's own",
+        LORA + "layers/adapter.py",
+        'key = f"{spec.config.seed}:',
+        'key = f"{tp_rank}{spec.config.seed}:',
+        "tests/dist/test_adapters.py -k same_full_A",
+    ),
+    Break(
+        "4",
+        "mark replicated halves as sharded, so that the grad norm counts them once per rank",
+        LORA + "layers/adapter.py",
+        "is_parallel=sharded_dim is not None",
+        "is_parallel=True",
+        "tests/dist/test_training.py -k sizes_agree",
+    ),
+    Break(
+        "5",
+        "leave the frozen embedding's output without a gradient under recompute",
+        LORA + "inject.py",
+        "        hidden_states.requires_grad_(True)\n",
+        "        pass\n",
+        "tests/dist/test_parity.py -k recompute",
+    ),
+    Break(
+        "6",
+        "mask shards from the common RNG",
+        LORA + "layers/adapter.py",
+        "        if sharded and self.lora_tp_group.size() > 1:\n",
+        "        if False:\n",
+        "tests/dist/test_adapters.py -k dropout_masks",
+    ),
+    Break(
+        "6",
+        "mask replicated inputs from the model-parallel RNG",
+        LORA + "layers/adapter.py",
+        "        if sharded and self.lora_tp_group.size() > 1:\n",
+        "        if self.lora_tp_group.size() > 1:\n",
+        "tests/dist/test_adapters.py -k dropout",
+    ),
+    Break(
+        "6",
+        "draw masks from a generator that recompute does not restore",
+        LORA + "layers/adapter.py",
+        "        return torch.nn.functional.dropout(x, self.lora.config.dropout)\n\n",
+        "        keep = torch.rand(x.shape, generator=_PRIVATE) >= self.lora.config.dropout\n"
+        "        return x * keep / (1 - self.lora.config.dropout)\n\n",
+        "tests/dist/test_adapters.py -k recompute_replays",
+    ),
+    Break(
+        "7",
+        "freeze the embedding on the first stage alone",
+        LORA + "inject.py",
+        "            chunk.requires_grad_(False)\n",
+        "            for name, parameter in chunk.named_parameters():\n"
+        '                parameter.requires_grad_("output_layer" in name)\n',
+        "tests/dist/test_training.py -k pipeline",
+    ),
+    Break(
+        "11",
+        "write values that are not finite",
+        LORA + "hf/checks.py",
+        "    if not math.isfinite(tensor.sum(dtype=torch.float64).item()):\n",
+        "    if False:\n",
+        "tests/dist/test_export.py -k not_finite",
+    ),
+    Break(
+        "11",
+        "export what one pipeline stage has",
+        LORA + "hf/export.py",
+        "    if group is None:\n        return local\n",
+        "    return local\n",
+        "tests/dist/test_export.py -k layer_numbers",
+    ),
+    Break(
+        "12",
+        "take the merged delta out by subtracting it",
+        LORA + "adapters.py",
+        "                _write(linear.weight, weight)\n",
+        "                _write(linear.weight, linear.weight.float() - linear.lora_delta_weight())\n",
+        "tests/dist/test_adapters.py -k merged",
+    ),
+    Break(
+        "15",
+        "name layers by their number in the pipeline chunk",
+        LORA + "inject.py",
+        "{layer.layer_number - 1}",
+        "{match[2]}",
+        "tests/dist/test_export.py -k layer_numbers",
+    ),
+    Break(
+        "16",
+        "let q, k and v share the fused A's storage",
+        LORA + "hf/peft_files.py",
+        "            tensor = tensor.clone()\n",
+        "            pass\n",
+        "tests/unit/test_peft_files.py",
+    ),
+    Break(
+        "17",
+        "write the config's alpha beside a padded rank",
+        LORA + "hf/peft_form.py",
+        "alpha=_alpha(scaling, rank)",
+        "alpha=config.alpha",
+        "tests/dist/test_export.py -k no_patterns",
+    ),
+    Break(
+        "18",
+        "forget to freeze the norms",
+        LORA + "inject.py",
+        "            chunk.requires_grad_(False)\n",
+        "            for parameter in chunk.parameters():\n"
+        "                parameter.requires_grad_(parameter.dim() == 1)\n",
+        "tests/dist/test_training.py -k sizes_agree",
+    ),
+    Break(
+        "19",
+        "leave the adapters on in the reference policy",
+        LORA + "adapters.py",
+        "        linear.lora_enabled = False\n",
+        "        linear.lora_enabled = True\n",
+        "tests/dist/test_adapters.py -k switched_off",
+    ),
+]
+
+
+def run(item: Break) -> bool:
+    """Did the tests fail on the broken copy?"""
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory, "tree")
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "out"))
+        target = copy / item.file
+        text = target.read_text()
+        if text.count(item.old) != 1:
+            sys.exit(f"hazard {item.hazard}: {item.file} has {text.count(item.old)} times, not once: {item.old!r}")
+        broken = text.replace(item.old, item.new)
+        if "_PRIVATE" in item.new:
+            broken += "\n\n_PRIVATE = torch.Generator().manual_seed(0)\n"
+        target.write_text(broken)
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-W",
+            "ignore",
+            "-p",
+            "no:cacheprovider",
+            *item.tests.split(),
+        ]
+        paths = os.pathsep.join([str(copy), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HAZARDS_TREE": str(copy)}
+        result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    last = (result.stdout.strip().splitlines() or ["no output"])[-1]
+    red = result.returncode == 1
+    print(f"{'red ' if red else 'GREEN'}  hazard {item.hazard:>2}: {item.what}  [{item.tests}] {last}", flush=True)
+    return red
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("hazards", nargs="*", help="hazard numbers; default all")
+    parser.add_argument("--list", action="store_true")
+    args = parser.parse_args()
+    chosen = [item for item in BREAKS if not args.hazards or item.hazard in args.hazards]
+    if args.list:
+        print("\n".join(f"{item.hazard:>2}  {item.what}  ({item.file})" for item in chosen))
+        return 0
+    verdicts = [run(item) for item in chosen]
+    return 0 if all(verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
