@@ -13,6 +13,8 @@ _PUBLIC = {
     "LoRAReport": "inject",
     "adapters_disabled": "adapters",
     "merged": "adapters",
+    "save_adapter": "checkpoint.save",
+    "load_adapter": "checkpoint.load",
     "export_peft": "hf.export",
 }
 

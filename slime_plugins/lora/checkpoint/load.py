@@ -1,0 +1,180 @@
+"""``load_adapter``: everything is compared and read before anything is changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slime_plugins.lora.adapters import config_of
+from slime_plugins.lora.checkpoint import base, directory, rng
+from slime_plugins.lora.checkpoint.collective import all_gather, everywhere, on_rank_0, rank
+from slime_plugins.lora.checkpoint.manifest import Manifest, adapter_differences
+from slime_plugins.lora.checkpoint.model import Slot, adapters_of, fingerprint_of_model, parallelism, slots_of
+from slime_plugins.lora.checkpoint.optimizer import MASTER, OptimizerState
+from slime_plugins.lora.checkpoint.save import COMMON, finish_pending
+from slime_plugins.lora.checkpoint.storage import TensorReader
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedAdapter:
+    """What ``load_adapter`` restored."""
+
+    path: Path
+    step: int | None
+    optimizer: bool
+    """Masters and moments are those of the checkpoint; else masters are the loaded weights, and moments are zero."""
+    scheduler: bool
+    rng: bool
+    """Random states are restored; they cannot be at another parallelism than that of the save."""
+
+
+def load_adapter(
+    model,
+    path: str | os.PathLike,
+    *,
+    optimizer=None,
+    scheduler=None,
+    fresh_optimizer: bool = False,
+    restore_rng: bool = True,
+) -> LoadedAdapter:
+    """Load a checkpoint of ``save_adapter`` into an adapted model, at any parallelism. Call on all ranks.
+
+    Hand over the optimizer if it exists already: it keeps float32 copies of the parameters, which would otherwise
+    undo the load at its first step. Learning rate, betas and the like stay those of this run (or the scheduler's).
+
+    Args:
+        model: a module or the list of this rank's pipeline chunks, wrapped or not.
+        path: a run's directory (its latest checkpoint is taken) or one checkpoint in it.
+        fresh_optimizer: start the optimizer anew from the loaded weights, whatever the checkpoint holds.
+        restore_rng: take random states over, where the parallelism is that of the save.
+    Collectives:
+        object gathers over the world.
+    Raises:
+        UsageError: there is no checkpoint at ``path``.
+        ValueError, OSError: on every rank alike, naming what differs or what is damaged. Nothing has been changed.
+    """
+    finish_pending(model)
+    config_of(model)
+    found, manifest, reader = on_rank_0(lambda: _open(path))
+    slots = slots_of(model)
+    _compare(model, slots, manifest, reader)
+    state = everywhere(lambda: OptimizerState(optimizer))
+    wants_state = optimizer is not None and not fresh_optimizer
+    everywhere(lambda: _check_optimizer(state, slots, manifest, reader, wants_state, optimizer is not None))
+    states = manifest.optimizer["states"] if wants_state else []
+    weights, moments = everywhere(lambda: _read(slots, reader, states))
+    common = everywhere(lambda: torch.load(found / COMMON, weights_only=True))
+    if scheduler is not None:
+        everywhere(lambda: _load_scheduler(scheduler, common["scheduler"], found))
+    # From here on nothing can fail for a reason that a user could mend.
+    with torch.no_grad():
+        for slot in slots:
+            slot.parameter.copy_(weights[slot.parameter])
+    if optimizer is not None:
+        state.restart()
+    if wants_state:
+        state.restore(states, manifest.optimizer["scalars"], lambda p, name: _state(p, name, weights, moments))
+    same = parallelism() == manifest.parallelism
+    if restore_rng and same:
+        rng.set_local_state(rng.unpack(common["rng"], rank()))
+    return LoadedAdapter(
+        path=found,
+        step=manifest.step,
+        optimizer=wants_state,
+        scheduler=scheduler is not None,
+        rng=restore_rng and same,
+    )
+
+
+def _open(path: str | os.PathLike) -> tuple[Path, Manifest, TensorReader]:
+    found = directory.find(path)
+    manifest = Manifest.read(found)
+    reader = TensorReader.open(found)
+    reader.check_files()
+    return found, manifest, reader
+
+
+def _compare(model, slots: list[Slot], manifest: Manifest, reader: TensorReader) -> None:
+    """Raise ValueError on every rank, with all that this model and the checkpoint do not have alike."""
+    adapters: dict[str, Any] = {}
+    extents: dict[str, tuple] = {}
+    mine = {slot.key(piece): slot.extent(piece)[0] for slot in slots for piece in slot.pieces}
+    for part, keys in all_gather((adapters_of(model), mine)):
+        adapters.update(part)
+        extents.update(keys)
+    fingerprint = fingerprint_of_model(model)
+
+    def compare() -> None:
+        found = adapter_differences(manifest.adapters, adapters)
+        found = found or _shape_differences(reader, extents)
+        found += base.differences(manifest.base, fingerprint)
+        if found:
+            raise ValueError(f"{reader.directory} does not fit this model: {'; '.join(found)}")
+
+    on_rank_0(compare)
+
+
+def _shape_differences(reader: TensorReader, extents: Mapping[str, tuple]) -> list[str]:
+    weights = {key: tuple(e.shape) for key, e in reader.index.items() if not key.startswith("optimizer.")}
+    missing, extra = sorted(extents.keys() - weights.keys()), sorted(weights.keys() - extents.keys())
+    found = [f"{what} {keys[0]} (one of {len(keys)})" for what, keys in (("no", missing), ("extra", extra)) if keys]
+    return found + [
+        f"{key} is {list(weights[key])} in the checkpoint, {list(shape)} here"
+        for key, shape in extents.items()
+        if weights.get(key, shape) != shape
+    ]
+
+
+def _check_optimizer(
+    state: OptimizerState, slots: list[Slot], manifest: Manifest, reader: TensorReader, wanted: bool, given: bool
+) -> None:
+    adapters = {slot.parameter for slot in slots}
+    if given and adapters - state.parameters():
+        count = len(adapters - state.parameters())
+        raise ValueError(
+            f"the optimizer does not train {count} of {len(adapters)} adapter parameters: "
+            "it was made for another model, or before apply_lora"
+        )
+    if wanted and manifest.optimizer is None:
+        raise ValueError(f"{reader.directory} holds no optimizer state; load with fresh_optimizer=True to start anew")
+    for slot in slots if wanted else ():
+        for piece in slot.pieces:
+            for name in manifest.optimizer["states"]:
+                entry = reader.index.get(slot.key(piece, name))
+                if (entry is None and name != MASTER) or (entry and tuple(entry.shape) != slot.extent(piece)[0]):
+                    raise ValueError(f"{reader.directory}: optimizer state {slot.key(piece, name)} is missing")
+
+
+def _read(slots: list[Slot], reader: TensorReader, states: list[str]):
+    weights, moments = {}, {}
+    for slot in slots:
+        weights[slot.parameter] = slot.read(reader.read)
+        for name in states:
+            if slot.key(slot.pieces[0], name) in reader.index:  # float32 parameters have no master beside them
+                moments[slot.parameter, name] = slot.read(reader.read, name)
+    for tensor in [*weights.values(), *moments.values()]:
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{reader.directory} holds values that are not finite")
+    return weights, moments
+
+
+def _state(parameter, name: str, weights, moments) -> torch.Tensor:
+    if name == MASTER and (parameter, name) not in moments:
+        return weights[parameter]
+    return moments[parameter, name]
+
+
+def _load_scheduler(scheduler, state: Mapping[str, Any] | None, path: Path) -> None:
+    if state is None:
+        raise ValueError(f"{path} holds no scheduler state; load without scheduler")
+    if hasattr(scheduler, "num_steps"):
+        scheduler.num_steps = 0  # Megatron's adds the checkpoint's steps to its own
+    try:
+        scheduler.load_state_dict(state)
+    except AssertionError as error:  # how Megatron says that a flag has changed
+        raise ValueError(f"the scheduler refuses the state in {path}: {error}") from None

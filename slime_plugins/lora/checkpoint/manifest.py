@@ -1,0 +1,155 @@
+"""``adapter.json``: what a checkpoint holds, in words, and the checksums that tie its files together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from slime_plugins.lora.checkpoint.directory import ADAPTER_JSON
+from slime_plugins.lora.config import LoRAConfig
+from slime_plugins.lora.version import __version__
+
+FORMAT = "slime-lora adapter"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What one adapter computes, apart from its values."""
+
+    projections: tuple[str, ...]
+    """Adapted Hugging Face leaves, in the order of the fused rows."""
+    ranks: tuple[int, ...]
+    """Of each projection."""
+    scalings: tuple[float, ...]
+    """Factor on B A of each projection."""
+    layout: str
+    """``fused`` or ``split``; a linear that is one projection is ``fused``."""
+
+    @classmethod
+    def of(cls, spec) -> Adapter:
+        """From a ``layers.AdapterSpec``."""
+        names = tuple(part.name for part in spec.parts)
+        return cls(names, tuple(spec.ranks), tuple(spec.scalings), "split" if spec.split else "fused")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of ``adapter.json``."""
+
+    step: int | None
+    config: LoRAConfig
+    adapters: Mapping[str, Adapter]
+    """By global Megatron name."""
+    base: Mapping[str, Any]
+    """Fingerprint of the base, see ``base``."""
+    optimizer: Mapping[str, Any] | None
+    """Names of the state tensors and scalars (``step``); None without optimizer state."""
+    parallelism: Mapping[str, int]
+    """Of the run that wrote it: random states are restored at the same one only."""
+
+    def write(self, directory: Path) -> None:
+        """Write ``adapter.json`` with the checksums of all files that are there but those of tensor data.
+
+        Data files are covered record by record in ``tensors.json``.
+        """
+        names = sorted(p.name for p in directory.iterdir() if p.suffix != ".distcp" and p.name != ADAPTER_JSON)
+        content = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "slime_lora_version": __version__,
+            "step": self.step,
+            "config": self.config.to_dict(),
+            "adapters": {name: asdict(adapter) for name, adapter in self.adapters.items()},
+            "base": dict(self.base),
+            "optimizer": self.optimizer,
+            "parallelism": dict(self.parallelism),
+            "sha256": {name: file_digest(directory / name) for name in names},
+        }
+        content["sha256"]["this file"] = _self_digest(content)
+        (directory / ADAPTER_JSON).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Read ``adapter.json`` and compare every file that it lists with its checksum.
+
+        Raises:
+            ValueError, OSError: naming the file that is missing, damaged or from another checkpoint.
+        """
+        path = directory / ADAPTER_JSON
+        try:
+            content = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} is truncated or damaged: {error}") from None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"{path} does not describe an adapter checkpoint")
+        if content.get("format_version") != FORMAT_VERSION:
+            found = content.get("format_version")
+            raise ValueError(f"{path} has format version {found}, this is slime-lora for version {FORMAT_VERSION}")
+        checksums = content.get("sha256")
+        if not isinstance(checksums, dict) or checksums.get("this file") != _self_digest(content):
+            raise ValueError(f"{path} was changed after it was written: its own checksum does not match")
+        for name, expected in checksums.items():
+            if name == "this file":
+                continue
+            if not (directory / name).is_file():
+                raise ValueError(f"{directory / name} is missing")
+            if file_digest(directory / name) != expected:
+                raise ValueError(f"{directory / name} is not the file that {ADAPTER_JSON} was written with: damaged")
+        adapters = {
+            name: Adapter(**{key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()})
+            for name, entry in content["adapters"].items()
+        }
+        return cls(
+            step=content["step"],
+            config=LoRAConfig(**content["config"]),
+            adapters=adapters,
+            base=content["base"],
+            optimizer=content["optimizer"],
+            parallelism=content["parallelism"],
+        )
+
+
+def adapter_differences(saved: Mapping[str, Adapter], model: Mapping[str, Adapter]) -> list[str]:
+    """One phrase per adapter that a model and a checkpoint do not have alike."""
+    found = []
+    missing, extra = [n for n in model if n not in saved], [n for n in saved if n not in model]
+    if missing:
+        found.append(f"the checkpoint has no adapter for {_listed(missing)}")
+    if extra:
+        found.append(f"this model has no adapter for {_listed(extra)}")
+    changes: dict[str, list[str]] = {}
+    for name in sorted(saved.keys() & model.keys()):
+        for field, was in asdict(saved[name]).items():
+            now = getattr(model[name], field)
+            if was != now:
+                changes.setdefault(f"{field} {_short(was)} in the checkpoint, {_short(now)} here", []).append(name)
+    return found + [f"{change}, in {_listed(names)}" for change, names in changes.items()]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(1 << 20):
+            sha.update(data)
+    return sha.hexdigest()
+
+
+def _self_digest(content: Mapping[str, Any]) -> str:
+    sums = {name: value for name, value in content["sha256"].items() if name != "this file"}
+    text = json.dumps({**content, "sha256": sums}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _short(value) -> str:
+    return ", ".join(str(v) for v in dict.fromkeys(value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _listed(names: list[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,234 @@
+"""``save_adapter``: adapters, optimizer, scheduler, random states and step, as one checkpoint directory."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slime_plugins.lora.adapters import config_of
+from slime_plugins.lora.checkpoint import directory, rng, storage
+from slime_plugins.lora.checkpoint.collective import all_gather, attempt, everywhere, gather, on_rank_0, rank
+from slime_plugins.lora.checkpoint.manifest import Manifest
+from slime_plugins.lora.checkpoint.model import (
+    adapters_of,
+    fingerprint_of_model,
+    parallelism,
+    slots_of,
+    trained_base,
+)
+from slime_plugins.lora.checkpoint.optimizer import OptimizerState
+
+COMMON = "common.pt"
+"""Scheduler, random states and optimizer scalars, under Megatron's name for what is not sharded."""
+
+
+@dataclass
+class AdapterSave:
+    """A save in progress, or done. ``finish`` is collective."""
+
+    path: Path
+    """Where the checkpoint is once it is finished."""
+    _complete: Callable[[], None] | None = field(default=None, repr=False)
+
+    @property
+    def finished(self) -> bool:
+        return self._complete is None
+
+    def finish(self) -> Path:
+        """Wait for the files of all ranks and publish the checkpoint. Call on all ranks; again is harmless.
+
+        Raises:
+            ValueError, OSError: on every rank, when any rank could not write. Nothing is published then.
+        """
+        if self._complete is not None:
+            complete, self._complete = self._complete, None
+            complete()
+        return self.path
+
+
+def save_adapter(
+    model,
+    path: str | os.PathLike,
+    *,
+    optimizer=None,
+    scheduler=None,
+    step: int | None = None,
+    async_save: bool = False,
+) -> AdapterSave:
+    """Write a checkpoint to ``path``/iter_<step>, loadable at any parallelism. Call on all ranks.
+
+    Every shard is written once, whatever the data-parallel size: 2 bytes a bf16 parameter, and with an Adam
+    optimizer 12 more for float32 master and moments. A reader sees the old state of ``path`` or the new one:
+    ``latest_checkpointed_iteration.txt`` moves last. An earlier asynchronous save of this model is finished first.
+
+    Args:
+        model: a module or the list of this rank's pipeline chunks, wrapped or not.
+        optimizer: Megatron's optimizer over the adapters.
+        scheduler: anything with ``state_dict`` of numbers, strings and tensors.
+        step: None writes ``path``/release.
+        async_save: return when the values are copied; files are written by a thread, and the checkpoint is
+            published by ``finish`` of what is returned, or by the next save or load of this model.
+    Collectives:
+        object gathers over the world; over data-parallel groups one all_reduce per optimizer state.
+    Raises:
+        ValueError, OSError: on every rank alike; nothing is published. Among the reasons: a value that is not
+            finite, a base that trains too (an adapter alone would lose it), an optimizer that trains other things.
+    """
+    finish_pending(model)
+    config, state = config_of(model), everywhere(lambda: OptimizerState(optimizer))
+    slots = slots_of(model)
+    everywhere(lambda: _check(model, slots, state if optimizer is not None else None))
+    tensors, scalars = state.gather()
+    shards = [shard for slot in slots for shard in slot.shards(slot.parameter)]
+    for slot in slots:
+        for name, tensor in tensors.get(slot.parameter, {}).items():
+            shards += slot.shards(tensor, name)
+    everywhere(lambda: _check_finite(shards))
+    common = _common(step, scheduler, scalars)
+    names = sorted({name for state in all_gather({n for t in tensors.values() for n in t}) for name in state})
+    adapters: dict[str, Any] = {}
+    for part in all_gather(adapters_of(model)):
+        adapters.update(part)
+    manifest = Manifest(
+        step=step,
+        config=config,
+        adapters=dict(sorted(adapters.items(), key=lambda item: _layer_order(item[0]))),
+        base=fingerprint_of_model(model),
+        optimizer=None if optimizer is None else {"states": names, "scalars": scalars},
+        parallelism=parallelism(),
+    )
+    staged = on_rank_0(lambda: directory.stage(path, step))
+    writer = _Writer(staged, shards)
+    save = AdapterSave(staged.parent / directory.name_of(step), lambda: _complete(writer, common, manifest))
+    if not async_save:
+        writer.run()
+        save.finish()
+        return save
+    writer.start()
+    _keep_pending(model, save)
+    return save
+
+
+def finish_pending(model) -> None:
+    """Publish an asynchronous save of this model that has not been finished yet. Collective."""
+    for chunk in _chunks(model):
+        pending = getattr(chunk, "lora_pending_save", None)
+        chunk.lora_pending_save = None
+        if pending is not None:
+            pending.finish()
+
+
+def _keep_pending(model, save: AdapterSave) -> None:
+    _chunks(model)[0].lora_pending_save = save
+
+
+def _chunks(model) -> list[torch.nn.Module]:
+    return list(model) if isinstance(model, (list, tuple)) else [model]
+
+
+class _Writer(threading.Thread):
+    """Writes this rank's data file. No communication, so that it may run beside training."""
+
+    def __init__(self, staged: Path, shards: list[storage.Shard]):
+        super().__init__(name="slime-lora checkpoint writer")
+        self.staged, self.shards = staged, shards
+        self.outcome: tuple | None = None
+
+    def run(self) -> None:
+        self.outcome = attempt(lambda: storage.write_shards(self.staged, rank(), self.shards))
+        self.shards = []
+
+    def wait(self):
+        """What was written. Raises what ``run`` met."""
+        if self.ident is not None:
+            self.join()
+        if self.outcome is None:
+            raise OSError(f"the thread that writes {self.staged} has died")
+        written, problem = self.outcome
+        if problem is not None:
+            raise problem
+        return written
+
+
+def _complete(writer: _Writer, common: bytes | None, manifest: Manifest) -> None:
+    written, problem = attempt(writer.wait)
+    outcomes = gather((written, problem))
+
+    def publish() -> None:
+        try:
+            for _, problem in outcomes:
+                if problem is not None:
+                    raise problem
+            storage.finish(writer.staged, [written for written, _ in outcomes])
+            (writer.staged / COMMON).write_bytes(common)
+            manifest.write(writer.staged)
+            directory.publish(writer.staged)
+        except BaseException:
+            directory.discard(writer.staged)
+            raise
+
+    on_rank_0(publish)
+
+
+def _check(model, slots, state: OptimizerState | None) -> None:
+    trained = trained_base(model)
+    if trained:
+        raise ValueError(
+            f"{len(trained)} parameters of the base train too ({trained[0]}): a checkpoint of the adapters alone "
+            "would lose them; train with --lora-only-trainable, or save the whole model"
+        )
+    if state is None:
+        return
+    known, adapters = state.parameters(), {slot.parameter for slot in slots}
+    if adapters - known:
+        raise ValueError(f"the optimizer does not train {len(adapters - known)} of {len(adapters)} adapter parameters")
+    if known - adapters:
+        raise ValueError(f"the optimizer trains {len(known - adapters)} parameters that belong to no adapter")
+
+
+def _check_finite(shards: list[storage.Shard]) -> None:
+    bad = [shard.key for shard in shards if not torch.isfinite(shard.data).all()]
+    if bad:
+        raise ValueError(f"{bad[0]} is not finite (one of {len(bad)} such tensors); nothing was saved")
+
+
+def _common(step: int | None, scheduler, scalars: dict[str, Any]) -> bytes | None:
+    """Content of ``common.pt`` on rank 0, None elsewhere. Collective."""
+    states = gather(rng.local_state())
+
+    def pack() -> bytes:
+        content = {
+            "iteration": step or 0,
+            "scheduler": scheduler.state_dict() if scheduler is not None else None,
+            "optimizer_scalars": scalars,
+            "rng": rng.pack(states),
+        }
+        buffer = io.BytesIO()
+        try:
+            torch.save(content, buffer)
+            # What cannot be read back without executing it must not be written.
+            torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+        except (pickle.PickleError, AttributeError, TypeError) as error:
+            raise ValueError(f"the scheduler's state holds more than numbers, strings and tensors: {error}") from error
+        return buffer.getvalue()
+
+    result, problem = attempt(pack) if rank() == 0 else (None, None)
+    on_rank_0(lambda: _raise(problem))
+    return result
+
+
+def _raise(problem: Exception | None) -> None:
+    if problem is not None:
+        raise problem
+
+
+def _layer_order(name: str) -> tuple:
+    return tuple(int(piece) if piece.isdigit() else piece for piece in name.split("."))
