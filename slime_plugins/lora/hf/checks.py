@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -107,9 +108,10 @@ def tensor_problems(config: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
         if parsed is not None:
             shapes[parsed] = tuple(tensor.shape)
             dtypes.setdefault(tensor.dtype, []).append(key)
+    problems = _hint_once(problems)
     named = [key for key in tensors if parse_key(key) and ADAPTER_NAME in key]
     if named:
-        message = f"has an adapter's name in it, as {len(named)} keys have: PEFT and vLLM would not find the tensor"
+        message = f"has an adapter's name in it, as {len(named)} keys have: vLLM refuses such a file"
         problems.append(_problem("key_name", named[0], f"{message}; drop '{ADAPTER_NAME}' from the keys"))
     problems += _pair_problems(config, shapes)
     problems += _target_problems(config, {module for module, _ in shapes})
@@ -125,7 +127,7 @@ def tensor_problems(config: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
 def _value_problems(key: str, tensor: torch.Tensor, *, matrix: bool) -> list[Problem]:
     """Faults of one tensor that need no config: zero size, not floating point, not a matrix, not finite."""
     if tensor.numel() == 0:
-        return [_problem("zero_size", key, f"has shape {list(tensor.shape)}: {ZERO3_HINT}")]
+        return [_problem("zero_size", key, f"has shape {list(tensor.shape)}, it holds nothing")]
     if tensor.dtype not in FLOATS:
         return [_problem("dtype", key, f"is {_short(tensor.dtype)}, expected float32, bfloat16 or float16")]
     if matrix and tensor.ndim != 2:
@@ -135,6 +137,15 @@ def _value_problems(key: str, tensor: torch.Tensor, *, matrix: bool) -> list[Pro
         bad = int((~torch.isfinite(tensor)).sum())
         return [_problem("not_finite", key, f"has {bad} of {tensor.numel()} values that are not finite")]
     return []
+
+
+def _hint_once(problems: list[Problem]) -> list[Problem]:
+    """The way out goes with the first empty tensor: a model has hundreds."""
+    for index, problem in enumerate(problems):
+        if problem.kind == "zero_size":
+            hinted = dataclasses.replace(problem, message=f"{problem.message}: {ZERO3_HINT}")
+            return [*problems[:index], hinted, *problems[index + 1 :]]
+    return problems
 
 
 def _pair_problems(config: Mapping[str, Any], shapes: Mapping[tuple[str, str], tuple[int, ...]]) -> Iterable[Problem]:

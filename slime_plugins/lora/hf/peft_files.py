@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -163,12 +163,14 @@ def write_adapter(
     tensors: Mapping[str, torch.Tensor],
     *,
     base: str | os.PathLike | None = None,
+    inspect: Callable[[Path], None] | None = None,
 ) -> None:
     """Write an adapter directory, whole or not at all, after ``validate_adapter``.
 
     Keys are ``base_model.model.<module>.lora_A.weight`` [rank, in] and ``lora_B`` [out, rank]. An existing adapter in
     ``out_dir`` is replaced in one step; other files in the directory stay. ``base``: directory of the base
-    checkpoint, whose fingerprint then goes with the adapter.
+    checkpoint, whose fingerprint then goes with the adapter. ``inspect`` is called with the finished directory before
+    it takes its place; if it raises, nothing has changed.
 
     Raises:
         ValueError: the adapter is empty, partial, not finite or not what its config says; or ``out_dir`` holds
@@ -195,6 +197,8 @@ def write_adapter(
         except SafetensorError as error:
             raise OSError(f"{out}: cannot write {SAFETENSORS}: {error}") from error
         (new / CONFIG).write_text(text, encoding="utf-8")
+        if inspect is not None:
+            inspect(new)
 
 
 def digest(tensor: torch.Tensor) -> str:

@@ -1,13 +1,15 @@
 """Files of ``torch.save`` from anyone: nothing in them is executed, nothing damaged in them is used.
 
-A ``torch.save`` file is a zip archive: a pickle and one record per storage, each with a CRC-32. Tensors are mapped
-from the file, not read; ``torch.load`` does not look at the checksums, so ``checked`` does, for the records in use.
+A ``torch.save`` file is a zip archive: a pickle and one record per storage, each with a CRC-32 (all zero if the
+writer switched them off). Tensors are mapped from the file, not read; ``torch.load`` does not look at the checksums,
+so ``checked`` does, for the records in use.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -30,6 +32,10 @@ class _Inert:
 # Modules whose classes may be named by a file and are then replaced by _Inert. All others are refused.
 _HARMLESS = ("deepspeed.", "transformers.", "accelerate.", "trl.", "argparse.Namespace", "pathlib.")
 
+# What zipfile, zlib and torch.load raise on bytes that are not what they should be.
+_DAMAGE = (RuntimeError, EOFError, LookupError, TypeError, AttributeError, OverflowError, pickle.UnpicklingError)
+_DAMAGE += (NotImplementedError, struct.error, zlib.error, UnicodeError, AssertionError)
+
 
 class TorchFile:
     """What one ``torch.save`` file holds: ``.value``, with its tensors mapped from the file.
@@ -44,15 +50,23 @@ class TorchFile:
         self._crcs: dict[int, set[int]] = {}  # bytes of a record -> its possible checksums
         with self._reasons():
             with zipfile.ZipFile(self.path) as archive:
-                for info in archive.infolist():
-                    if info.filename.endswith("/data.pkl"):
-                        archive.read(info)  # zipfile compares the CRC
-                    self._crcs.setdefault(info.file_size, set()).add(info.CRC)
-            self._stub_harmless()
-            self.value: Any = self._load()
+                records = archive.infolist()
+                self.has_checksums = any(record.CRC for record in records)
+                for record in records:
+                    if self.has_checksums and "/data/" not in record.filename:
+                        archive.read(record)  # the pickle and a few bytes more; zipfile compares the CRC
+                    self._crcs.setdefault(record.file_size, set()).add(record.CRC)
+            stubs = self._stubs()
+            with torch.serialization.safe_globals(stubs):
+                self.value: Any = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
 
     def checked(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor`` (of this file), after comparing the bytes of its whole storage with the archive's checksums."""
+        """``tensor`` (of this file), after comparing the bytes of its whole storage with the archive's checksums.
+
+        Raises ValueError where they differ.
+        """
+        if not self.has_checksums:
+            return tensor
         storage = tensor.untyped_storage()
         data = memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
         crc = 0
@@ -62,7 +76,8 @@ class TorchFile:
             raise ValueError(f"{self.path}: checksum mismatch in tensor data, the file is damaged: copy it again")
         return tensor
 
-    def _stub_harmless(self) -> None:
+    def _stubs(self) -> list[tuple[type, str]]:
+        """An inert class for every harmless one that the file names. Raises ValueError for any other."""
         wanted = torch.serialization.get_unsafe_globals_in_checkpoint(self.path)
         refused = sorted(name for name in wanted if not name.startswith(_HARMLESS))
         if refused:
@@ -70,11 +85,7 @@ class TorchFile:
                 f"{self.path}: refused, loading it would call {', '.join(refused)}: only tensors and plain values "
                 "are loaded, never code"
             )
-        self._stubs = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in wanted]
-
-    def _load(self) -> Any:
-        with torch.serialization.safe_globals(self._stubs):
-            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        return [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in wanted]
 
     @contextmanager
     def _reasons(self) -> Iterator[None]:
@@ -84,6 +95,6 @@ class TorchFile:
             size = self.path.stat().st_size
             message = f"{self.path}: not a whole torch.save file ({error}; {size} bytes): truncated or damaged"
             raise ValueError(message) from error
-        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, NotImplementedError) as error:
+        except _DAMAGE as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{self.path}: cannot be loaded as plain tensors: {reason}") from error
