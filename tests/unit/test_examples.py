@@ -1,0 +1,102 @@
+"""The launch scripts, run for real against stand-ins for ray and slime: what would be submitted is parsed.
+
+Run: pytest tests/unit/test_examples.py
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import warnings
+from pathlib import Path
+
+import pytest
+
+from slime_plugins.lora.arguments import add_lora_arguments, config_from_args, validate_lora_args
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "lora"
+SCRIPTS = sorted(EXAMPLES.glob("*.sh"))
+STAND_INS = {
+    # One argument per line, a blank line after each call.
+    "ray": 'printf "%s\\n" "$@" "" >>"$CALLS"',
+    "nvidia-smi": "for i in 0 1 2 3 4 5 6 7; do echo GPU $i: NV18; done",
+    "pkill": "true",
+    "sleep": "true",
+    # Nothing but ray may start anything.
+    "python3": "echo python3 called >&2; exit 9",
+}
+
+
+@pytest.fixture
+def submitted(tmp_path):
+    """Run a script; returns the arguments of every ``ray job submit``."""
+
+    def run(script: Path) -> list[list[str]]:
+        (tmp_path / "bin").mkdir()
+        for name, body in STAND_INS.items():
+            file = tmp_path / "bin" / name
+            file.write_text(f"#!/bin/bash\n{body}\n")
+            file.chmod(0o755)
+        models = tmp_path / "slime" / "scripts" / "models"
+        models.mkdir(parents=True)
+        for name in re.findall(r"scripts/models/([\w.-]+\.sh)", script.read_text()):
+            (models / name).write_text("MODEL_ARGS=(\n   --num-layers 36\n)\n")
+        calls = tmp_path / "calls"
+        environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(calls)}
+        environment |= {"SLIME_DIR": str(tmp_path / "slime"), "BASE_DIR": "/models", "HOME": str(tmp_path)}
+        done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        submits = [call.split("\n") for call in calls.read_text().split("\n\n") if call.strip()]
+        return [call[call.index("--") + 1 :] for call in submits if call[:2] == ["job", "submit"]]
+
+    return run
+
+
+def flags_of(script: Path, group: str) -> list[str]:
+    return re.findall(r"^\s*(--[\w-]+)", re.search(rf"^{group}=\((.*?)^\)", script.read_text(), re.M | re.S)[1], re.M)
+
+
+def parser_with_lr() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--lr", type=float)
+    return add_lora_arguments(parser)
+
+
+def test_there_are_scripts():
+    assert "run-qwen3-4B-lora.sh" in [script.name for script in SCRIPTS]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.name)
+def test_script_is_bash(script):
+    subprocess.run(["bash", "-n", script], check=True, timeout=60)
+    assert os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.name)
+def test_script_submits_flags_that_the_plugin_accepts(script, submitted):
+    jobs = submitted(script)
+    assert jobs
+    for job in jobs:
+        assert job[:2] == ["python3", "train.py"] or job[:2] == ["python3", "train_async.py"]
+        args, others = parser_with_lr().parse_known_args(job[2:])
+        assert args.use_lora
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a learning rate meant for full training warns
+            validate_lora_args(args)
+        config_from_args(args)
+        from slime_plugins.lora.slime.launch import SLIME_FLAGS
+
+        unknown = {flag for flag in others if flag.startswith("--lora")}
+        assert unknown <= {"--" + name.replace("_", "-") for name in SLIME_FLAGS}
+
+
+def test_every_block_of_the_qwen3_4B_script_reaches_the_job(submitted):
+    script = EXAMPLES / "run-qwen3-4B-lora.sh"
+    (job,) = submitted(script)
+    blocks = re.findall(r"^(\w+_ARGS)=\(", script.read_text(), re.M)
+    assert "LORA_ARGS" in blocks
+    assert [flag for block in blocks for flag in flags_of(script, block) if flag not in job] == []
+    assert "--num-layers" in job  # the model's block, from slime's own file
+    args, _ = parser_with_lr().parse_known_args(job)
+    assert config_from_args(args).target_modules == ("all-linear",)
+    assert 1e-5 <= args.lr <= 1e-4
