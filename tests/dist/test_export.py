@@ -133,6 +133,19 @@ def test_a_value_that_is_not_finite_is_refused_on_every_rank(pool2, tmp_path, tm
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def export_of_a_trained_base(layout: Layout, hf_dir, out):
+    chunks = adapted.adapted_chunks(hf_dir, LoRAConfig(rank=2), freeze_base=False)
+    adapted.randomize(chunks)
+    export_peft(chunks, out, hf_checkpoint=hf_dir)
+
+
+def test_an_adapter_without_its_trained_base_is_refused(pool2, tmp_path, tmp_path_factory):
+    with pytest.raises(WorkerError) as caught:
+        pool2.run(export_of_a_trained_base, tiny(tmp_path_factory), tmp_path / "out", pp=2)
+    assert set(caught.value.errors) == {0, 1} and not (tmp_path / "out").exists()
+    assert "is trainable, so a PEFT adapter would not hold all" in str(caught.value.errors)
+
+
 def test_another_base_is_refused(pool2, tmp_path, tmp_path_factory):
     """The named checkpoint must have the modules and shapes that the adapter is for."""
     from slime_plugins.lora.rehearsal.tiny import make_tiny

@@ -65,6 +65,42 @@ def check(pool, references, family="qwen3", layout="fused", microbatches=1, reco
         assert r["A"] <= 1e-4 and r["B"] <= 1e-4
 
 
+def base_too(layout: Layout, hf_dir, config, tokens, ref_grads, ref_norm):
+    """Errors of this rank's linear_proj and norm gradients, and of the grad norm over everything that trains."""
+    chunks = adapted.adapted_chunks(hf_dir, config, sp=layout.sp, freeze_base=False)
+    adapted.set_adapters(chunks, config.layout, RANK)
+    model = adapted.wrap(chunks, distributed_optimizer=False)
+    optimizer = adapted.optimizer_for(model, name="sgd", lr=0.0, distributed_optimizer=False)
+    _, norm = adapted.train_step(model, optimizer, tokens)
+    errors = [abs(norm / ref_norm - 1)]
+    for name, parameter in model[0].module.named_parameters():
+        leaf = name.rsplit(".", 2)[-2]
+        if leaf in ("linear_proj", "pre_mlp_layernorm") and not name.endswith(("lora_A", "lora_B")):
+            grad = ref_grads[name.split(".")[2], leaf]
+            grad = (
+                grad.chunk(layout.tp, dim=1)[adapted.mpu.get_tensor_model_parallel_rank()] if grad.dim() > 1 else grad
+            )
+            errors.append(adapted.relative(parameter.main_grad - grad, grad))
+    return errors
+
+
+@pytest.mark.parametrize("sizes", [dict(tp=2), dict(tp=2, sp=True)], ids=str)
+def test_training_the_base_too(pool2, tmp_path_factory, sizes):
+    """``--no-lora-only-trainable``: the base's own gradients pass through the taps unharmed."""
+    path = tiny(tmp_path_factory, "llama")
+    model = reference.peft_model(path, rank=RANK, alpha=ALPHA, layout="split").requires_grad_(True)
+    tokens = reference.batch(model.config.vocab_size)
+    reference.logits_loss_grads(model, tokens)
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+    grads = {}
+    for i, layer in enumerate(model.base_model.model.model.layers):
+        grads[str(i), "linear_proj"] = layer.self_attn.o_proj.base_layer.weight.grad
+        grads[str(i), "pre_mlp_layernorm"] = layer.post_attention_layernorm.weight.grad
+    config = LoRAConfig(rank=RANK, alpha=ALPHA, layout="split")
+    for errors in pool2.run(base_too, path, config, tokens, grads, norm, **sizes):
+        assert len(errors) == 1 + 2 * 4 and max(errors) <= 1e-4
+
+
 LAYOUTS = ("fused", "split")
 
 

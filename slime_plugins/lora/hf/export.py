@@ -23,22 +23,35 @@ def export_peft(model, out_dir: str | os.PathLike, *, hf_checkpoint: str | os.Pa
         model: a module or the list of this rank's pipeline chunks, wrapped or not.
         hf_checkpoint: directory of the base, named in ``adapter_config.json``.
     Collectives:
-        all_gather over each tensor-parallel group, gather_object over each pipeline group, one broadcast.
+        all_gather over each tensor-parallel group, gather_object over each pipeline group, one all_gather_object.
     Returns:
         ``out_dir``, complete on disk when any rank returns.
     Raises:
         UsageError, ValueError, OSError: on every rank alike, when an adapter is missing, empty or not finite
-            (naming the tensor) or the directory cannot be written. Nothing is left half-written.
+            (naming the tensor), the base is trainable, or the directory cannot be written. Nothing is left
+            half-written.
     """
     projections = gather_projections(model)
-    problem = None
-    if projections is not None and _is_writer():
+    problem = _trained_base(model)
+    if problem is None and projections is not None and _is_writer():
         try:
             write_adapter(out_dir, *to_peft(projections, config_of(model), hf_checkpoint), base=hf_checkpoint)
         except (ValueError, OSError) as error:
             problem = error
     _raise_everywhere(problem)
     return Path(out_dir)
+
+
+def _trained_base(model) -> ValueError | None:
+    """A base that trains with the adapters would be left behind by a file of adapters alone."""
+    for chunk in model if isinstance(model, (list, tuple)) else [model]:
+        for name, parameter in chunk.named_parameters():
+            if parameter.requires_grad and "lora_" not in name:
+                return ValueError(
+                    f"{name} is trainable, so a PEFT adapter would not hold all that was trained; save the whole "
+                    "model instead, or train with the base frozen (--lora-only-trainable)"
+                )
+    return None
 
 
 def gather_projections(model) -> list[Projection] | None:
@@ -84,10 +97,10 @@ def _is_writer() -> bool:
 
 
 def _raise_everywhere(problem: Exception | None) -> None:
-    """Raise rank 0's problem on every rank, so that none goes on, and none waits for one that has stopped."""
+    """Raise the first rank's problem on every rank, so that none goes on, and none waits for one that has stopped."""
     if dist.is_initialized():
-        box = [problem]
-        dist.broadcast_object_list(box, src=0)
-        problem = box[0]
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        problem = next((p for p in problems if p is not None), None)
     if problem is not None:
         raise problem
