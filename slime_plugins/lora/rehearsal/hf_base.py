@@ -141,6 +141,14 @@ class HFBase:
             shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
         return shapes
 
+    def linears(self) -> list[str]:
+        """Names of the linears inside layers, without ``.weight``."""
+        return [
+            name.removesuffix(".weight")
+            for name, shape in self.shapes().items()
+            if len(shape) == 2 and name.startswith("model.layers.")
+        ]
+
     def check_parallel(self, *, tp: int, pp: int = 1, vpp: int | None = None) -> None:
         """Raise UsageError for a model that does not split this way."""
         for count, what in (

@@ -1,0 +1,166 @@
+"""A private Ray on this machine: one process per Megatron rank, one for rollouts, and none left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.rehearsal.settings import Settings
+
+
+def resolve_device(settings: Settings) -> str:
+    """``cuda`` or ``cpu``. Raises UsageError if ``--device cuda`` cannot be had."""
+    if settings.device == "cpu":
+        return "cpu"
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus >= settings.world_size:
+        return "cuda"
+    if settings.device == "cuda":
+        raise UsageError(
+            f"--device cuda: {settings.world_size} processes (tp x pp x dp) need as many GPUs, found {gpus}; "
+            "use fewer, or --device cpu"
+        )
+    return "cpu"
+
+
+@contextlib.contextmanager
+def ray_cluster(settings: Settings, device: str, *, show_logs: bool = False) -> Iterator[Cluster]:
+    """Start Ray and the actors; on the way out, also by Ctrl-C, SIGTERM or an error, end every process of it."""
+    import ray
+
+    store_dir = tempfile.mkdtemp(prefix="slime-lora-")
+    if not show_logs:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+    with _environment(device):
+        try:
+            ray.init(
+                address="local",  # never somebody else's cluster
+                num_cpus=settings.world_size + 1,
+                num_gpus=0,  # actors choose their GPU by rank
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                configure_logging=show_logs,
+                log_to_driver=show_logs,
+            )
+            yield Cluster(settings, device, os.path.join(store_dir, "store"))
+        finally:
+            with _no_interrupts():
+                ray.shutdown()
+                shutil.rmtree(store_dir, ignore_errors=True)
+
+
+class Cluster:
+    """Handles on the actors. Every call raises what the actor raised, or ValueError naming the one that died."""
+
+    def __init__(self, settings: Settings, device: str, store: str):
+        """Start the processes and wait until all have their models."""
+        import ray
+
+        from slime_plugins.lora.rehearsal.rollout import Rollout
+        from slime_plugins.lora.rehearsal.trainer import RankTrainer
+
+        cores = os.cpu_count() or 1
+        self._ranks = [ray.remote(RankTrainer).remote() for _ in range(settings.world_size)]
+        self._rollout = ray.remote(Rollout).remote()
+        threads = max(1, cores // settings.world_size)
+        calls = {f"rank {i}": rank.setup.remote(settings, i, store, threads) for i, rank in enumerate(self._ranks)}
+        # Ranks wait while the rollout runs: it may have all cores.
+        calls["rollout"] = self._rollout.setup.remote(settings, device, cores)
+        _wait(calls)
+
+    def ranks(self, method: str, *args) -> list[Any]:
+        """Call a method on every rank; results in rank order."""
+        import ray
+
+        args = [ray.put(arg) for arg in args]
+        return _wait({f"rank {i}": getattr(rank, method).remote(*args) for i, rank in enumerate(self._ranks)})
+
+    def rollout(self, method: str, *args, **kwargs) -> Any:
+        """Call a method of the rollout process."""
+        return _wait({"rollout": getattr(self._rollout, method).remote(*args, **kwargs)})[0]
+
+
+def _wait(calls: dict[str, Any]) -> list[Any]:
+    """Results in order; the first failure ends the wait, as the other ranks may be stuck in a collective with it."""
+    import ray
+
+    names = {ref: name for name, ref in calls.items()}
+    results, pending = {}, list(calls.values())
+    while pending:
+        (done,), pending = ray.wait(pending, num_returns=1)
+        try:
+            results[done] = ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, (ValueError, OSError)):
+                raise error.cause from error
+            raise
+        except ray.exceptions.RayActorError as error:
+            raise ValueError(f"the process of {names[done]} died ({_first_line(error)})") from error
+    return [results[ref] for ref in calls.values()]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+@contextlib.contextmanager
+def _environment(device: str) -> Iterator[None]:
+    """What Ray's processes inherit: where the package is, no GPU on ``cpu``, GPUs unmanaged on ``cuda``."""
+    package_root = str(Path(__file__).parents[3])
+    changes = {
+        "PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")])),
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    if device == "cpu":
+        changes["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        changes["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C, so that it leaves no process and no temporary directory either."""
+    with _handler(signal.SIGTERM, signal.default_int_handler):
+        yield
+
+
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """A second, impatient Ctrl-C must not stop the cleaning up."""
+    with _handler(signal.SIGINT, signal.SIG_IGN), _handler(signal.SIGTERM, signal.SIG_IGN):
+        yield
+
+
+@contextlib.contextmanager
+def _handler(number: int, handler) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)

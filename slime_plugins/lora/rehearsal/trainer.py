@@ -1,0 +1,258 @@
+"""One Megatron rank: adapters on a frozen base, Megatron's DDP, distributed optimizer and schedules, GRPO steps.
+
+All methods are collective: the driver calls them on every rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from slime_plugins.lora.rehearsal import cpu
+from slime_plugins.lora.rehearsal.grpo import Batch, grpo_loss
+from slime_plugins.lora.rehearsal.settings import Settings
+
+
+class RankTrainer:
+    """The policy on one rank. The reference policy is the same model with its adapters off."""
+
+    def setup(self, settings: Settings, rank: int, store: str, num_threads: int) -> None:
+        """Start the process group and build the model; returns when all ranks have.
+
+        Not the constructor: what goes wrong in one reaches a Ray driver without its exception.
+        """
+        torch.set_num_threads(num_threads)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Megatron, on the absence of apex and Transformer Engine
+            _start(settings, rank, store)
+            self.build(settings)
+
+    def build(self, settings: Settings) -> None:
+        """Model, adapters, DDP and optimizer, on process groups that are there."""
+        from megatron.core import parallel_state as mpu
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+        from megatron.core.distributed import finalize_model_grads as finalize
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+        from slime_plugins.lora import apply_lora
+        from slime_plugins.lora.rehearsal.hf_base import HFBase
+        from slime_plugins.lora.rehearsal.model import build_chunks
+
+        self.settings = settings
+        dtype = getattr(torch, settings.dtype)
+        self.vocab_size = HFBase.read(settings.hf_checkpoint).vocab_size
+        self.is_last_stage = mpu.is_pipeline_last_stage()
+        self.dp_rank = mpu.get_data_parallel_rank()
+
+        def adapt(chunks):
+            self.base_before = base_checksum(chunks)
+            self.report = apply_lora(chunks, settings.lora)
+
+        self.chunks = build_chunks(
+            settings.hf_checkpoint,
+            dtype=dtype,
+            sequence_parallel=settings.sp,
+            vpp=settings.vpp,
+            recompute=settings.recompute_granularity,
+            apply=adapt,
+        )
+        self.config = self.chunks[0].config
+        ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        self.model = [
+            DistributedDataParallel(self.config, ddp_config, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(self.chunks)
+        ]
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=settings.lr,
+                min_lr=settings.lr,
+                weight_decay=settings.weight_decay,
+                clip_grad=settings.clip_grad,
+                bf16=dtype == torch.bfloat16,
+                params_dtype=dtype,
+                use_distributed_optimizer=True,
+            ),
+            self.model,
+        )
+        self.config.finalize_model_grads_func = finalize
+        self.config.grad_scale_func = self.optimizer.scale_loss
+
+    def describe(self) -> dict:
+        """What was built: the report as text, parameter counts, where this rank is."""
+        return {
+            "report": str(self.report),
+            "trainable_parameters": self.report.trainable_parameters,
+            "total_parameters": self.report.total_parameters,
+            "device": str(self.device),
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.chunks[0].parameters()).device
+
+    def train(self, batch: Batch) -> dict | None:
+        """Old and reference log-probs, then the optimizer steps of one rollout.
+
+        Args:
+            batch: the samples of all data-parallel ranks.
+        Returns:
+            On the last pipeline stage, metrics averaged over this rank's samples and the steps, and
+            ``old_log_probs`` of its first samples; None on others. In rank order, the first is of the batch's start.
+        """
+        from slime_plugins.lora import adapters_disabled
+
+        parts = [part[self._my_rows(len(part))] for part in _split(batch, self.settings.num_steps_per_rollout)]
+        for part in parts:
+            part.old_log_probs = self._log_probs(part)
+            with adapters_disabled(self.chunks):
+                part.ref_log_probs = self._log_probs(part)
+        steps = [self._optimizer_step(part) for part in parts]
+        if not self.is_last_stage:
+            return None
+        metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        # Of the first step: later ones are off-policy, their adapters have moved already.
+        metrics["kl"] = steps[0]["kl"]
+        return {**metrics, "old_log_probs": parts[0].old_log_probs[:8].cpu()}
+
+    def export(self, out_dir: str) -> None:
+        """Write the adapters as a PEFT directory."""
+        from slime_plugins.lora import export_peft
+
+        export_peft(self.chunks, out_dir, hf_checkpoint=self.settings.hf_checkpoint)
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """float32 [N, S, vocab] on the last stage; ``N`` a multiple of the pipeline stages, ``S`` of TP."""
+        from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+        def keep(micro, logits):
+            full = gather_from_tensor_model_parallel_region(logits)[..., : self.vocab_size]
+            return logits.new_zeros(()), {"logits": full.float().cpu()}
+
+        batch = Batch(tokens, torch.zeros(tokens.shape), torch.zeros(len(tokens)))
+        outputs = self._run(batch, keep, forward_only=True, num_microbatches=self.settings.pp)
+        return torch.cat([output["logits"] for output in outputs]) if outputs else None
+
+    def base_checksums(self) -> tuple[str, str]:
+        """SHA-256 of this rank's base parameters, when they were loaded and now."""
+        return self.base_before, base_checksum(self.chunks)
+
+    def _my_rows(self, size: int) -> slice:
+        share = size // self.settings.dp
+        return slice(self.dp_rank * share, (self.dp_rank + 1) * share)
+
+    def _log_probs(self, batch: Batch) -> torch.Tensor | None:
+        """float32 [N, S] on the last stage."""
+
+        def keep(micro, logits):
+            return logits.new_zeros(()), {"log_probs": self._token_log_probs(logits, micro.tokens)}
+
+        outputs = self._run(batch, keep, forward_only=True)
+        return torch.cat([output["log_probs"] for output in outputs]) if outputs else None
+
+    def _optimizer_step(self, batch: Batch) -> dict[str, float]:
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def loss(micro, logits):
+            log_probs = self._token_log_probs(logits, micro.tokens)
+            settings = self.settings
+            return grpo_loss(log_probs, micro, eps_clip=settings.eps_clip, kl_loss_coef=settings.kl_loss_coef)
+
+        outputs = self._run(batch, loss, forward_only=False)
+        _, grad_norm, _ = self.optimizer.step()
+        if not outputs:
+            return {}
+        means = {name: sum(output[name].item() for output in outputs) / len(outputs) for name in outputs[0]}
+        return {**means, "grad_norm": float(grad_norm)}
+
+    def _token_log_probs(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Log-prob of token t at position t, float32 [N, S], from this rank's shard of logits [N, S, V/T]."""
+        from megatron.core import parallel_state as mpu
+        from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+        scaled = logits[:, :-1].float() / self.settings.rollout_temperature
+        first = mpu.get_tensor_model_parallel_rank() * scaled.shape[-1]
+        padding = first + torch.arange(scaled.shape[-1], device=scaled.device) >= self.vocab_size
+        # Megatron's cross entropy overwrites its input: masked_fill hands it a copy.
+        losses = vocab_parallel_cross_entropy(scaled.masked_fill(padding, float("-inf")), tokens[:, 1:])
+        return torch.nn.functional.pad(-losses, (1, 0))
+
+    def _run(
+        self, batch: Batch, consume: Callable, *, forward_only: bool, num_microbatches: int | None = None
+    ) -> list[dict]:
+        """Megatron's schedule over a batch; ``consume(micro, logits)`` gives a loss and a dict.
+
+        Returns the dicts, on the last stage.
+        """
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        size, seq_length = batch.tokens.shape
+        count = num_microbatches or self.settings.num_microbatches(size, seq_length)
+        micros = list(_split(batch.to(self.device), count))
+        positions = torch.arange(seq_length, device=self.device)
+
+        def forward_step(iterator: Iterator[Batch], chunk):
+            micro = next(iterator)
+            return chunk(micro.tokens, positions.expand_as(micro.tokens), None), partial(consume, micro)
+
+        for chunk in self.model:
+            chunk.train(not forward_only)
+        with torch.set_grad_enabled(not forward_only):
+            outputs = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[iter(micros) for _ in self.model],
+                model=self.model,
+                num_microbatches=count,
+                seq_length=seq_length,
+                micro_batch_size=size // count,
+                forward_only=forward_only,
+            )
+        return outputs if self.is_last_stage else []
+
+
+def base_checksum(chunks) -> str:
+    """SHA-256 over the bits of every parameter of one rank that is not an adapter's."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        for name, param in chunk.named_parameters():
+            if "lora_" not in name:
+                digest.update(name.encode())
+                digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _split(batch: Batch, parts: int) -> Iterator[Batch]:
+    size = len(batch) // parts
+    return (batch[part * size : (part + 1) * size] for part in range(parts))
+
+
+def _start(settings: Settings, rank: int, store: str) -> None:
+    """Process group, Megatron's parallel state and random state."""
+    if not cpu.enable():
+        torch.cuda.set_device(rank)
+    if Path("/sys/class/net/lo").exists():
+        # All ranks are on this machine; gloo would look its host name up, which laptops and containers lack.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    from megatron.core import parallel_state as mpu
+    from megatron.core import tensor_parallel
+
+    torch.distributed.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=settings.world_size,
+    )
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=settings.tp,
+        pipeline_model_parallel_size=settings.pp,
+        virtual_pipeline_model_parallel_size=settings.vpp,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(settings.seed)
