@@ -11,7 +11,7 @@ import adapter_dirs
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_peft_files import Q0_A, Q0_B, SPOILED
+from test_peft_files import Q0_A, Q0_B, SPOILED, spoil_absent_target
 
 from slime_plugins.lora.cli import main
 from slime_plugins.lora.errors import UsageError
@@ -54,7 +54,10 @@ def test_a_foreign_adapter_has_no_checksums(tmp_path, base):
     assert report.checksums is None
 
 
-@pytest.mark.parametrize("spoil, message", SPOILED, ids=[spoil.__name__ for spoil, _ in SPOILED])
+READ = [case for case in SPOILED if case[0] is not spoil_absent_target]
+
+
+@pytest.mark.parametrize("spoil, message", READ, ids=[spoil.__name__ for spoil, _ in READ])
 def test_everything_that_is_not_written_is_found_when_read(tmp_path, base, spoil, message):
     config, tensors = adapter_dirs.adapter()
     spoil(config, tensors)
@@ -162,6 +165,22 @@ def test_a_lost_layer_without_a_base_is_a_warning(tmp_path, base):
     assert problem.tensor == key_of("model.layers.1.self_attn.v_proj", "A")
 
 
+def test_a_target_without_tensors(tmp_path, base):
+    """PEFT takes names that the model lacks, so it is a fault only if the base has them."""
+    config, tensors = adapter_dirs.adapter(adapter_dirs.modules(("self_attn.q_proj",)))
+    config["target_modules"].append("c_attn")
+    directory = foreign(tmp_path / "a", config, tensors)
+    report = verify_adapter(directory)
+    assert report.ok
+    assert "target_modules names 'c_attn', for which there is no tensor" in report.warnings[0]
+    assert verify_adapter(directory, base).ok
+    config["target_modules"].append("v_proj")
+    problems = verify_adapter(foreign(tmp_path / "b", config, tensors), base).problems
+    assert [problem.tensor for problem in problems] == [
+        key_of(f"model.layers.{layer}.self_attn.v_proj", "A") for layer in range(2)
+    ]
+
+
 def test_per_expert_names(tmp_path):
     linears = {
         f"model.layers.{i}.mlp.experts.{e}.{leaf}": shape
@@ -209,6 +228,16 @@ def test_patterns_rslora_and_dora(tmp_path):
     tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"] = torch.ones(10)
     kinds = [problem.kind for problem in verify_adapter(foreign(tmp_path / "b", config, tensors)).problems]
     assert kinds == ["unknown_key", "unsupported"]
+
+
+@pytest.mark.parametrize(
+    "field, value", [("bias", "all"), ("init_lora_weights", "pissa_niter_4"), ("layer_replication", [[0, 2]])]
+)
+def test_what_lora_A_and_lora_B_cannot_show(tmp_path, field, value):
+    config, tensors = adapter_dirs.adapter()
+    (problem,) = verify_adapter(foreign(tmp_path / "a", {**config, field: value}, tensors)).problems
+    assert problem.kind == "unsupported"
+    assert f"{field} is {value!r}" in problem.message
 
 
 def test_modules_to_save_are_allowed_and_checked(tmp_path):

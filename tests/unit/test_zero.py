@@ -156,6 +156,10 @@ def test_config_is_taken_from_the_checkpoint_and_checked(tmp_path):
         (tmp_path / "c" / "adapter_config.json").write_text(json.dumps({**CONFIG, **change}))
         with pytest.raises(ValueError, match=message):
             convert_zero(tmp_path / "c", tmp_path / "out2")
+    stale = {**CONFIG, "target_modules": [*CONFIG["target_modules"], "c_attn"]}
+    (tmp_path / "c" / "adapter_config.json").write_text(json.dumps(stale))
+    convert_zero(tmp_path / "c", tmp_path / "out")
+    assert read_adapter(tmp_path / "out")[0]["target_modules"] == ["q_proj", "up_proj"]
     (tmp_path / "c" / "adapter_config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(UsageError, match=r"--lora-alpha is 11, but .* has 10"):
         convert_zero(tmp_path / "c", tmp_path / "out2", alpha=11)

@@ -22,19 +22,19 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # Config fields with which lora_A and lora_B alone are not the whole change to the model.
 UNSUPPORTED = {
-    "use_dora": "DoRA",
-    "lora_bias": "a bias on lora_B",
-    "target_parameters": "adapters on parameters",
-    "trainable_token_indices": "trainable tokens",
-    "layer_replication": "replicated layers",
-    "alora_invocation_tokens": "activated LoRA",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "arrow_config": "Arrow routing",
-    "velora_config": "VeLoRA",
-    "monteclora_config": "MonteCLoRA",
-    "kasa_config": "KaSA",
-    "fan_in_fan_out": "transposed (Conv1D) weights",
+    "use_dora": "DoRA scales every row of the weight too",
+    "lora_bias": "lora_B has a bias too",
+    "target_parameters": "parameters that are no linear are adapted too",
+    "trainable_token_indices": "rows of the embedding were trained too",
+    "layer_replication": "layers of the base were replicated",
+    "alora_invocation_tokens": "activated LoRA switches on in the middle of a sequence",
+    "use_qalora": "QALoRA pools the inputs of lora_A",
+    "use_bdlora": "block-diagonal LoRA is another product",
+    "arrow_config": "Arrow chooses between adapters",
+    "velora_config": "VeLoRA is another layer",
+    "monteclora_config": "MonteCLoRA is another layer",
+    "kasa_config": "KaSA scales the rank dimension too",
+    "fan_in_fan_out": "weights are transposed (Conv1D)",
 }
 
 
@@ -88,8 +88,8 @@ def config_problems(config: Mapping[str, Any]) -> list[Problem]:
 def tensor_problems(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> list[Problem]:
     """Faults of the tensors and of their agreement with a config that has none. Loads one tensor at a time.
 
-    Every lora_A [rank, in] has its lora_B [out, rank] with the rank that the config gives the module, every target of
-    the config is there, all values are finite, all tensors have one dtype, there is nothing else.
+    Every lora_A [rank, in] has its lora_B [out, rank] with the rank that the config gives the module and is one of
+    its targets, all values are finite, all tensors have one dtype, there is nothing else.
     """
     if not tensors:
         return [Problem(kind="empty", message=f"the adapter holds no tensor at all: {ZERO3_HINT}")]
@@ -166,11 +166,30 @@ def _target_problems(config: Mapping[str, Any], modules: set[str]) -> Iterable[P
         if not is_target(config, module):
             message = f"is not selected by target_modules {_brief(config.get('target_modules'))}: PEFT would ignore it"
             yield _problem("target", key_of(module, "A"), message)
-    targets = config.get("target_modules")
-    for target in targets if isinstance(targets, (list, tuple)) else ():
-        if not any(module == target or module.endswith(f".{target}") for module in modules):
-            message = f"target_modules names {target!r}, but the adapter holds no tensor for it"
-            yield Problem(kind="missing", message=message)
+
+
+def absent_targets(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
+    """Names in ``target_modules`` that none of the adapted modules has.
+
+    PEFT takes a list of which some names are not in the model; but a lost projection looks like that, too.
+    """
+    targets, modules = config.get("target_modules"), list(modules)
+    if not isinstance(targets, (list, tuple)):
+        return []
+    return [t for t in targets if not any(module == t or module.endswith(f".{t}") for module in modules)]
+
+
+def unsupported(config: Mapping[str, Any]) -> list[Problem]:
+    """What ``config`` says the adapter does beyond ``W + scaling * B A`` on linears of the base as it is published."""
+    found = [(name, what) for name, what in UNSUPPORTED.items() if config.get(name)]
+    if config.get("bias", "none") != "none":
+        found.append(("bias", "biases of the base were trained too"))
+    if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "eva", "orthogonal"):
+        found.append(("init_lora_weights", "the adapter belongs to a base that its initialisation changed"))
+    return [
+        Problem(kind="unsupported", message=f"adapter_config.json: {name} is {_brief(config[name])}: {what}")
+        for name, what in found
+    ]
 
 
 def _module_to_save(config: Mapping[str, Any], key: str) -> bool:

@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from slime_plugins.lora.hf.atomic import replaced_directory
-from slime_plugins.lora.hf.checks import config_problems, tensor_problems
+from slime_plugins.lora.hf.checks import absent_targets, config_problems, tensor_problems
 from slime_plugins.lora.hf.headers import BaseCheckpoint
+from slime_plugins.lora.hf.peft_config import parse_key
 from slime_plugins.lora.hf.torch_file import TorchFile
 
 CONFIG = "adapter_config.json"
@@ -177,6 +178,9 @@ def write_adapter(
             something that is not an adapter.
     """
     validate_adapter(config, tensors)
+    absent = absent_targets(config, [module for module, _ in map(parse_key, tensors)])
+    if absent:
+        raise ValueError(f"target_modules names {absent[0]!r}, but the adapter holds no tensor for it")
     out = Path(out_dir)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file, expected a directory to write the adapter to")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.hf.checks import FLOATS, UNSUPPORTED, Problem, config_problems, tensor_problems
+from slime_plugins.lora.hf.checks import FLOATS, Problem, absent_targets, config_problems, tensor_problems, unsupported
 from slime_plugins.lora.hf.headers import BaseCheckpoint
 from slime_plugins.lora.hf.peft_config import is_target, key_of, module_scaling, parse_key
 from slime_plugins.lora.hf.peft_files import AdapterTensors, open_tensors, read_config
@@ -91,13 +91,18 @@ def verify_adapter(adapter_dir: str | os.PathLike, hf_checkpoint: str | os.PathL
     report.problems += watched.faults + problems
     report.problems += [Problem(kind="checksum", message=f"{name} is lost", tensor=name) for name in tensors.lost()]
     report.problems += [Problem(kind="config", message=line) for line in tensors.config_changes(config)]
-    report.problems += _unsupported(config)
+    report.problems += unsupported(config)
     watched.fill(report)
     shapes = watched.shapes
     report.scalings = sorted({module_scaling(config, module) for module, _ in shapes})
     report.problems += _untrained(watched, report)
     if base is None:
         report.warnings += _uneven_layers(module for module, _ in shapes)
+        report.warnings += [
+            f"target_modules names {name!r}, for which there is no tensor: give --hf-checkpoint to learn whether that "
+            "is right"
+            for name in absent_targets(config, [module for module, _ in shapes])
+        ]
     else:
         report.problems += _base_problems(config, shapes, tensors, base, report)
     report.warnings += _server_warnings(config)
@@ -170,20 +175,6 @@ def _open(adapter_dir: str | os.PathLike, report: Report) -> tuple[dict[str, Any
     except (OSError, ValueError) as error:
         report.problems.append(Problem(kind="file", message=str(error)))
     return config, tensors
-
-
-def _unsupported(config: Mapping[str, Any]) -> Iterable[Problem]:
-    for name, what in UNSUPPORTED.items():
-        if config.get(name):
-            message = (
-                f"adapter_config.json: {name} is {config[name]!r}: {what} is more than lora_A and lora_B can show"
-            )
-            yield Problem(kind="unsupported", message=message)
-    if config.get("bias", "none") != "none":
-        message = (
-            f"adapter_config.json: bias is {config['bias']!r}, expected 'none': biases of the base were trained too"
-        )
-        yield Problem(kind="unsupported", message=message)
 
 
 def _untrained(watched: _Watched, report: Report) -> Iterable[Problem]:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.hf.checks import absent_targets
 from slime_plugins.lora.hf.headers import BaseCheckpoint
 from slime_plugins.lora.hf.peft_config import key_of, target_list
 from slime_plugins.lora.hf.peft_files import CONFIG, read_config, write_adapter
@@ -179,7 +180,10 @@ def _config(
             if base_model:
                 config["base_model_name_or_path"] = base_model
             # Heads and embeddings go beside the adapter, so that every server can read it.
-            return {**config, "inference_mode": True, "modules_to_save": None}, str(directory / CONFIG)
+            config |= {"inference_mode": True, "modules_to_save": None}
+            if stale := absent_targets(config, tensors.ranks()):  # names that the model did not have
+                config["target_modules"] = [name for name in config["target_modules"] if name not in stale]
+            return config, str(directory / CONFIG)
     if alpha is None:
         raise UsageError(f"{checkpoint_dir} has no {CONFIG}: give the run's alpha with --lora-alpha")
     ranks = tensors.ranks()
