@@ -1,0 +1,104 @@
+"""``slime-lora plan``: argument text and printing; the arithmetic is in ``cost``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from slime_plugins.lora.arguments import add_lora_arguments, config_from_args
+from slime_plugins.lora.errors import UsageError
+
+NAME = "plan"
+HELP = "What a LoRA run will cost: parameters, GPU memory by part, bytes per weight sync. From config.json alone."
+EPILOG = """\
+Activations are not counted: they depend on tokens per GPU and recomputation, and are about those of full training.
+
+examples:
+  slime-lora plan --hf-checkpoint Qwen3-4B --tp 2 --dp 4 --lora-r 32 --lora-alpha 32
+  slime-lora plan --hf-checkpoint Qwen3-4B --lora-target-modules q_proj v_proj --lora-layout split
+  slime-lora plan --hf-checkpoint Qwen3-4B --tp 2 --json | jq .lora.total
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hf-checkpoint", required=True, metavar="DIR", help="its config.json is all that is read")
+    for flag, what in (("tp", "tensor-parallel ranks"), ("pp", "pipeline stages"), ("dp", "data-parallel ranks")):
+        parser.add_argument(f"--{flag}", type=int, default=1, metavar="N", help=f"{what} (default: 1)")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="bytes and counts as one JSON object")
+    add_lora_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from slime_plugins.lora.cost import cost_of
+
+    for flag in ("tp", "pp", "dp"):
+        if getattr(args, flag) < 1:
+            raise UsageError(f"--{flag} is {getattr(args, flag)}; expected at least 1")
+    base = _read_base(Path(args.hf_checkpoint))
+    base.check_parallel(tp=args.tp, pp=args.pp)
+    cost = cost_of(
+        base.shapes(),
+        config_from_args(args),
+        num_layers=base.num_layers,
+        tied=base.tied,
+        tp=args.tp,
+        pp=args.pp,
+        dp=args.dp,
+        dtype=args.dtype,
+        freeze_base=args.lora_only_trainable,
+    )
+    if args.json:
+        totals = {"lora": {"total": cost.lora.total}, "full": {"total": cost.full.total}}
+        print(json.dumps({k: v | totals[k] if k in totals else v for k, v in dataclasses.asdict(cost).items()}))
+    else:
+        print(f"{base.architecture}, {base.num_layers} layers, {args.dtype}; tp {args.tp}, pp {args.pp}, dp {args.dp}")
+        print(_render(cost, args))
+    return 0
+
+
+def _read_base(path: Path):
+    from slime_plugins.lora.rehearsal.hf_base import HFBase
+
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise UsageError(f"{path}: no config.json, expected a Hugging Face checkpoint directory")
+    try:
+        config = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{config_file}: not JSON: {error}") from None
+    return HFBase._from_config(config, path)
+
+
+def _render(cost, args: argparse.Namespace) -> str:
+    lora, full = cost.lora, cost.full
+    trained = cost.adapter_parameters + (0 if args.lora_only_trainable else cost.base_parameters)
+    share = 100 * cost.adapter_parameters / (cost.base_parameters + cost.adapter_parameters)
+    merged = f"{_size(cost.sync_merged)} merged, {_size(cost.sync_adapter)} adapter"
+    rows = [
+        ("", "LoRA", "full training"),
+        ("parameters of the adapter", f"{cost.adapter_parameters:,} ({share:.4f} %)", ""),
+        ("parameters that are trained", f"{trained:,}", f"{cost.base_parameters:,}"),
+        ("GPU memory of the fullest rank", _size(lora.total), _size(full.total)),
+        ("  base weights", _size(lora.base_weights), _size(full.base_weights)),
+        ("  adapter weights", _size(lora.adapter_weights), "-"),
+        ("  gradients, float32", _size(lora.gradients), _size(full.gradients)),
+        ("  optimizer, float32", _size(lora.optimizer), _size(full.optimizer)),
+        ("host memory for the reference policy", "0", _size(full.base_weights)),
+        ("weight sync, to each engine", merged, _size(cost.sync_merged)),
+        ("checkpoint with optimizer", _size(cost.checkpoint_lora), _size(cost.checkpoint_full)),
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return "\n".join(f"{a.ljust(widths[0])}  {b.rjust(widths[1])}  {c.rjust(widths[2])}".rstrip() for a, b, c in rows)
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
