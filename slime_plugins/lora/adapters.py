@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from slime_plugins.lora.config import LoRAConfig
-from slime_plugins.lora.layers import LoRALinear
+from slime_plugins.lora.layers import LoRALinear, OneExpert
 
 
 def iter_adapters(model) -> Iterator[LoRALinear]:
@@ -17,6 +17,12 @@ def iter_adapters(model) -> Iterator[LoRALinear]:
         for module in chunk.modules():
             if isinstance(module, LoRALinear):
                 yield module
+
+
+def iter_linears(model) -> Iterator[LoRALinear | OneExpert]:
+    """The same, one per base weight: stacked experts one by one, as views with an adapted linear's attributes."""
+    for linear in iter_adapters(model):
+        yield from linear.lora_linears()
 
 
 def config_of(model) -> LoRAConfig:
@@ -57,7 +63,7 @@ def merged(model) -> Iterator[None]:
 
     Costs a copy of every adapted weight while it lasts: W + BA - BA is not W in bf16 (design hazard 12).
     """
-    linears = list(iter_adapters(model))
+    linears = list(iter_linears(model))
     saved: list[torch.Tensor] = []
     with adapters_disabled(model):
         try:

@@ -12,11 +12,20 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from slime_plugins.lora.config import LoRAConfig
-from slime_plugins.lora.layers import AdapterSpec, LoRALinear, adapt, adapted_class, spec_for
-from slime_plugins.lora.names import LINEARS, hf_names
-from slime_plugins.lora.targets import Targets, check_all_matched
+from slime_plugins.lora.layers import (
+    AdapterSpec,
+    LoRALinear,
+    adapt,
+    adapted_class,
+    is_duplicated,
+    linears_of_experts,
+    spec_for,
+)
+from slime_plugins.lora.names import is_known
+from slime_plugins.lora.targets import Targets, check_all_matched, short_name
 
-_LAYER = re.compile(r"^(?:module\.)*(decoder\.layers\.)(\d+)(\..+)$")
+_LAYER = re.compile(r"^(?:module\.)*(decoder\.layers\.)(\d+)\.(.+)$")
+_MTP = re.compile(r"^(?:module\.)*mtp\.")
 
 
 @dataclass(frozen=True)
@@ -41,12 +50,14 @@ class LoRAReport:
     total_parameters: int
     """Base and adapter parameters; tied embeddings and replicas counted once."""
     adapter_bytes: int
+    not_adaptable: tuple[str, ...] = ()
+    """Matrices of decoder layers for which there is no LoRA form, and why: layer numbers starred, each said once."""
 
     def __str__(self) -> str:
         groups: Counter = Counter()
         parameters: Counter = Counter()
         for module in self.modules:
-            key = (module.name.rsplit(".", 1)[-1], ", ".join(module.projections), module.rank)
+            key = (short_name(module.name), ", ".join(module.projections), module.rank)
             groups[key] += 1
             parameters[key] += module.trainable
         header = ("module", "projections", "rank", "layers", "parameters")
@@ -58,6 +69,7 @@ class LoRAReport:
             f"trainable params: {self.trainable_parameters:,} || all params: {self.total_parameters:,} || "
             f"trainable%: {share:.4f} || adapter: {self.adapter_bytes / 2**20:.2f} MiB"
         )
+        lines += [f"not adapted: {what}" for what in self.not_adaptable]
         return "LoRA\n" + "\n".join("  " + line.rstrip() for line in lines)
 
 
@@ -79,20 +91,22 @@ def apply_lora(model, config: LoRAConfig, *, freeze_base: bool = True) -> LoRARe
         ValueError: a linear of a class that has no LoRA form, a model that is wrapped or adapted already.
     """
     chunks = list(model) if isinstance(model, (list, tuple)) else [model]
-    candidates = [item for chunk in chunks for item in _candidates(chunk)]
+    surveys = [_survey(chunk) for chunk in chunks]
+    candidates = [item for survey in surveys for item in survey.candidates]
     plan, problem, matched = [], None, set()
     try:
         plan, matched = _plan(candidates, config)
     except ValueError as error:  # every stage must raise, or the others would wait for this one
         problem = error
-    stages = _all_gather((sorted(matched), [name for name, _ in candidates], problem), pipeline_group())
-    for _, _, stage_problem in stages:
+    rest = [what for survey in surveys for what in survey.rest]
+    stages = _all_gather((sorted(matched), [name for name, _ in candidates], problem, rest), pipeline_group())
+    for _, _, stage_problem, _ in stages:
         if stage_problem is not None:
             raise stage_problem
     check_all_matched(
         Targets(config.target_modules, config.exclude_modules),
-        {entry for entries, _, _ in stages for entry in entries},
-        [name for _, names, _ in stages for name in names],
+        {entry for entries, _, _, _ in stages for entry in entries},
+        [name for _, names, _, _ in stages for name in names],
     )
     if freeze_base:
         for chunk in chunks:
@@ -102,26 +116,63 @@ def apply_lora(model, config: LoRAConfig, *, freeze_base: bool = True) -> LoRARe
     for chunk in chunks:
         chunk.lora_config = config
         _let_recompute_see_gradients(chunk)
-    return _report(chunks, [linear for linear, _, _ in plan])
+    return _report(
+        chunks, [linear for linear, _, _ in plan], tuple(dict.fromkeys(what for s in stages for what in s[3]))
+    )
 
 
-def _candidates(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Global name and module of every linear of a decoder layer that the name table knows."""
+@dataclass(frozen=True)
+class _Survey:
+    """The matrices of one chunk's layers."""
+
+    candidates: list[tuple[str, torch.nn.Module]]
+    """Global name and module of every linear that the name table knows."""
+    rest: list[str]
+    """As ``LoRAReport.not_adaptable``."""
+
+
+def _survey(chunk: torch.nn.Module) -> _Survey:
     if hasattr(chunk, "ddp_config"):
         raise ValueError("apply_lora was given a model that DDP has wrapped already; apply it in the model provider")
+    found = _Survey([], [])
     modules = dict(chunk.named_modules())
     for name, module in modules.items():
         if isinstance(module, LoRALinear):
             raise ValueError(f"{name} carries an adapter already; apply_lora once per model")
         match = _LAYER.match(name)
-        if match and name.rsplit(".", 1)[-1] in LINEARS:
+        if match:
             layer = modules[name[: match.end(2)]]
-            global_name = f"{match[1]}{layer.layer_number - 1}{match[3]}"  # layer_number: global, from 1
-            try:
-                hf_names(global_name)
-            except KeyError:
+            found_here = _linears_at(match[3], module)
+            found.candidates.extend(
+                (f"{match[1]}{layer.layer_number - 1}.{path}", linear)  # layer_number: global, from 1
+                for path, linear in found_here.items()
+            )
+            if found_here or not _has_matrix(module) or _is_one_of_experts(match[3], modules[name[: match.end(2)]]):
                 continue
-            yield global_name, module
+            found.rest.append(f"decoder.layers.*.{_starred(match[3])} ({type(module).__name__}) has no LoRA form")
+        elif _MTP.match(name) and _has_matrix(module):
+            found.rest.append("mtp.*, multi-token prediction is never adapted")
+    return found
+
+
+def _linears_at(path: str, module: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Path in the layer -> linear, of those that the name table knows. A SequentialMLP is two linears of experts."""
+    found = {f"{path}.{leaf}": linear for leaf, linear in linears_of_experts(module).items()}
+    return {known: linear for known, linear in {path: module, **found}.items() if is_known(known)}
+
+
+def _has_matrix(module: torch.nn.Module) -> bool:
+    return any(p.dim() > 1 and "weight" in name for name, p in module.named_parameters(recurse=False))
+
+
+def _is_one_of_experts(path: str, layer: torch.nn.Module) -> bool:
+    """Is this a linear inside a SequentialMLP that is adapted as a whole?"""
+    head, mark, _ = path.partition(".local_experts.")
+    return bool(mark) and bool(linears_of_experts(layer.get_submodule(head)))
+
+
+def _starred(path: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
 
 
 def _plan(candidates, config: LoRAConfig) -> tuple[list[tuple[torch.nn.Module, type, AdapterSpec]], set[str]]:
@@ -172,31 +223,47 @@ def _all_gather(value, group) -> list:
     return gathered
 
 
-def _full_numel(parameter: torch.nn.Parameter, tp_size: int) -> int:
-    return parameter.numel() * (tp_size if getattr(parameter, "tensor_model_parallel", False) else 1)
+def _base_numel(chunk: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, int]]:
+    """Base parameters of a chunk and their sizes over all tensor- and expert-parallel ranks."""
+    tp_size, etp_size, ep_size = (
+        (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_expert_tensor_parallel_world_size(),
+            parallel_state.get_expert_model_parallel_world_size(),
+        )
+        if _model_parallel()
+        else (1, 1, 1)
+    )
+    for path, module in chunk.named_modules():
+        of_experts = ".mlp.experts" in path
+        # TE marks the weights of duplicated linears as sharded.
+        shards = 1 if is_duplicated(module) else etp_size if of_experts else tp_size
+        for name, parameter in module.named_parameters(recurse=False):
+            # The last stage's copy of tied embeddings is the first stage's parameter.
+            copied = getattr(parameter, "shared_embedding", False) and not _owns_embedding(chunk)
+            if not copied and not name.startswith("lora_"):
+                sharded = getattr(parameter, "tensor_model_parallel", False)
+                yield parameter, parameter.numel() * (shards if sharded else 1) * (ep_size if of_experts else 1)
 
 
-def _report(chunks: Sequence[torch.nn.Module], linears: Sequence[LoRALinear]) -> LoRAReport:
+def _report(
+    chunks: Sequence[torch.nn.Module], linears: Sequence[LoRALinear], not_adaptable: tuple[str, ...]
+) -> LoRAReport:
     modules, adapter_bytes = [], 0
     for linear in linears:
-        sizes = [(p, _full_numel(p, linear.lora_tp_size)) for p in (linear.lora_A, linear.lora_B)]
-        adapter_bytes += sum(numel * p.element_size() for p, numel in sizes)
-        projections = tuple(part.name for part in linear.lora.parts)
-        trainable = sum(numel for _, numel in sizes)
-        modules.append(AdaptedModule(linear.lora.name, projections, linear.lora.rank, trainable))
-    tp_size = parallel_state.get_tensor_model_parallel_world_size() if _model_parallel() else 1
-    trainable = total = 0
+        projections, numel = tuple(part.name for part in linear.lora.parts), linear.lora_full_numel()
+        adapter_bytes += numel * linear.lora_A.element_size()
+        modules.append(AdaptedModule(linear.lora.name, projections, linear.lora.rank, numel))
+    trainable = sum(module.trainable for module in modules)
+    total = trainable
     for chunk in chunks:
-        for parameter in chunk.parameters():
-            # The last stage's copy of tied embeddings is the first stage's parameter.
-            if getattr(parameter, "shared_embedding", False) and not _owns_embedding(chunk):
-                continue
-            numel = _full_numel(parameter, tp_size)
+        for parameter, numel in _base_numel(chunk):
             total += numel
             trainable += numel if parameter.requires_grad else 0
     stages = _all_gather((modules, trainable, total, adapter_bytes), pipeline_group())
     ordered = sorted((m for stage in stages for m in stage[0]), key=lambda m: _layer_order(m.name))
-    return LoRAReport(tuple(ordered), *(sum(stage[i] for stage in stages) for i in (1, 2, 3)))
+    sums = (sum(stage[i] for stage in stages) for i in (1, 2, 3))
+    return LoRAReport(tuple(ordered), *sums, not_adaptable)
 
 
 def _model_parallel() -> bool:

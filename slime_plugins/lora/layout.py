@@ -5,6 +5,8 @@ Megatron fuses q, k, v into ``linear_qkv`` and gate, up into ``linear_fc1``. The
 
     linear_qkv: one run per query group, of h heads of d features
         [q q .. q k v] [q q .. q k v] ...    q: (0, h*d)  k: (h*d, d)  v: (h*d + d, d), stride (h+2)*d
+    the same with an output gate: q_proj holds each head's gate too, [q g] head by head where Megatron has
+        [q .. q g .. g k v] ...              q: (0, 2*h*d), two pieces of h heads, stride (2*h+2)*d
     linear_fc1, gated: one run each, F rows per shard and half
         [gate; up]                           gate: (0, F)  up: (F, F)
 
@@ -31,16 +33,28 @@ class Part:
     stride: int
     """Distance in rows between the starts of two runs. With ``count > 1``, ``count * stride`` is all the rows."""
     count: int
+    pieces: int = 1
+    """Blocks of ``heads`` heads in each run, of which Hugging Face takes one head each in turn."""
+    heads: int = 1
 
     @property
     def size(self) -> int:
         """Number of rows."""
         return self.length * self.count
 
-    def index(self) -> torch.Tensor:
-        """Row numbers in the fused weight, in Hugging Face order. int64 [size]."""
+    def run_index(self) -> torch.Tensor:
+        """Row numbers in the fused weight, run after run: the order of ``columns``. int64 [size]."""
         runs = torch.arange(self.count)[:, None] * self.stride + self.start
         return (runs + torch.arange(self.length)).reshape(-1)
+
+    def hf_order(self) -> torch.Tensor:
+        """Positions in ``run_index`` in Hugging Face order: a permutation, the identity for most. int64 [size]."""
+        places = torch.arange(self.size).view(self.count, self.pieces, self.heads, -1)
+        return places.transpose(1, 2).reshape(-1)
+
+    def index(self) -> torch.Tensor:
+        """Row numbers in the fused weight, in Hugging Face order. int64 [size]."""
+        return self.run_index()[self.hf_order()]
 
     def take(self, weight: torch.Tensor) -> torch.Tensor:
         """Copy this part's rows out of a fused [rows, ...] tensor, in Hugging Face order: [size, ...]."""
@@ -65,15 +79,22 @@ def whole(name: str, rows: int) -> Part:
     return Part(name, 0, rows, rows, 1)
 
 
-def qkv_parts(num_heads: int, num_query_groups: int, head_dim: int, names=("q_proj", "k_proj", "v_proj")) -> tuple:
-    """Parts of ``linear_qkv``; full counts for a full weight, per-rank counts for a shard."""
+def qkv_parts(
+    num_heads: int, num_query_groups: int, head_dim: int, names=("q_proj", "k_proj", "v_proj"), gated: bool = False
+) -> tuple:
+    """Parts of ``linear_qkv``; full counts for a full weight, per-rank counts for a shard.
+
+    Args:
+        gated: Megatron's ``attention_output_gate``; the first part holds queries and gates.
+    """
     if num_heads % num_query_groups:
         raise ValueError(f"{num_heads} attention heads are not a multiple of {num_query_groups} query groups")
-    q_rows = num_heads // num_query_groups * head_dim
+    heads, pieces = num_heads // num_query_groups, 2 if gated else 1
+    q_rows = pieces * heads * head_dim
     stride = q_rows + 2 * head_dim
     q, k, v = names
     return (
-        Part(q, 0, q_rows, stride, num_query_groups),
+        Part(q, 0, q_rows, stride, num_query_groups, pieces, heads),
         Part(k, q_rows, head_dim, stride, num_query_groups),
         Part(v, q_rows + head_dim, head_dim, stride, num_query_groups),
     )

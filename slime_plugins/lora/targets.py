@@ -5,6 +5,9 @@ An entry of ``target_modules`` or ``exclude_modules`` is one of
     q_proj, self_attn.o_proj                    one Hugging Face projection: q_proj alone is the q rows alone
     *.layers.0.*.linear_qkv, *.layers.[0-3].*   a wildcard (fnmatch) on the full name, in either vocabulary
     all-linear                                  every linear that has a row in ``names.LINEARS``
+    experts.linear_fc1, experts.gate_proj       the routed experts alone, always all of a layer
+    shared_experts.linear_fc1, mlp.linear_fc1   the shared experts alone, the dense MLPs alone
+    router, gate                                the router, which nothing else names
 Layer numbers are global and count from 0.
 """
 
@@ -14,7 +17,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.names import hf_names
+from slime_plugins.lora.names import BY_NAME_ONLY, hf_names, of_expert, spellings
 
 ALL_LINEAR = "all-linear"
 
@@ -45,14 +48,32 @@ class Targets:
     def _select(self, entries: tuple[str, ...], megatron_name: str, projections: tuple[str, ...]) -> set[int]:
         selected: set[int] = set()
         for entry in entries:
-            if entry == ALL_LINEAR or matches(entry, megatron_name):
+            if not _may_name(entry, megatron_name):
+                continue
+            if entry == ALL_LINEAR or _matches_any(entry, megatron_name):
                 hit = set(range(len(projections)))
             else:
-                hit = {i for i, name in enumerate(projections) if matches(entry, name)}
+                hit = {i for i, name in enumerate(projections) if _matches_any(entry, name)}
             if hit:
                 self.matched.add(entry)
                 selected |= hit
         return selected
+
+
+def _may_name(entry: str, megatron_name: str) -> bool:
+    """The router is taken by its own name alone: not by all-linear, and not by a wildcard over a layer."""
+    path = megatron_name.split(".", 3)[-1]
+    if path not in BY_NAME_ONLY:
+        return True
+    return entry.rsplit(".", 1)[-1] in (path.rsplit(".", 1)[-1], *BY_NAME_ONLY[path][1])
+
+
+def _matches_any(entry: str, full_name: str) -> bool:
+    """Does an entry name this module in any spelling? ``*.experts.*.gate_proj`` names experts, ``experts.3.`` none."""
+    names = [*spellings(full_name)]
+    if ".experts." in full_name:
+        names.append(of_expert(full_name, "{expert}"))
+    return any(matches(entry, name) for name in names)
 
 
 def check_all_matched(targets: Targets, matched: set[str], candidates: Iterable[str]) -> None:
@@ -66,11 +87,17 @@ def check_all_matched(targets: Targets, matched: set[str], candidates: Iterable[
     if not unmatched:
         return
     candidates = list(candidates)
-    leaves = dict.fromkeys(name.rsplit(".", 1)[-1] for name in candidates)
-    projections = dict.fromkeys(hf.rsplit(".", 1)[-1] for name in candidates for hf in hf_names(name))
+    leaves = dict.fromkeys(short_name(name) for name in candidates)
+    projections = dict.fromkeys(short_name(hf) for name in candidates for hf in hf_names(name))
     example = f", or a wildcard on a full name such as {candidates[0]}" if candidates else ""
     raise UsageError(
         f"LoRA target or exclude names that match no module: {', '.join(unmatched)}. This model has "
         f"{', '.join(leaves) or 'no linear that can be adapted'} (Megatron), {', '.join(projections)} (Hugging Face), "
         f"{ALL_LINEAR}{example}"
     )
+
+
+def short_name(full_name: str) -> str:
+    """The leaf; with ``experts`` in front where that is what tells it from a dense one."""
+    *_, parent, leaf = full_name.split(".")
+    return f"{parent}.{leaf}" if parent.endswith("experts") else leaf

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.names import LINEARS, hf_names, megatron_name
+from slime_plugins.lora.names import LINEARS, hf_names, megatron_name, of_expert, spellings
 from slime_plugins.lora.targets import Targets, check_all_matched, matches
 
 QKV, PROJ = "decoder.layers.{}.self_attention.linear_qkv", "decoder.layers.{}.self_attention.linear_proj"
@@ -64,11 +64,17 @@ def test_an_unmatched_name_lists_what_could_have_been_named():
 
 
 def test_names_go_both_ways():
-    for leaf in DENSE:
-        parent = LINEARS[leaf][0]
-        name = f"decoder.layers.17.{parent}.{leaf}"
+    for path in LINEARS:
+        name = f"decoder.layers.17.{path}"
         for i, hf in enumerate(hf_names(name)):
-            assert hf.startswith("model.layers.17.") and megatron_name(hf) == (name, i)
+            for spelling in spellings(hf):
+                assert spelling.startswith("model.layers.17.")
+                assert megatron_name(spelling, mla="linear_q_proj" in name) == (name, i)
+    for leaf in ("linear_fc1", "linear_fc2"):
+        one = of_expert(f"decoder.layers.17.mlp.experts.{leaf}", 12)
+        assert one == f"decoder.layers.17.mlp.experts.12.{leaf}"
+        for i, hf in enumerate(hf_names(one)):
+            assert hf.startswith("model.layers.17.mlp.experts.12.") and megatron_name(hf) == (one, i)
     for unknown in ("decoder.layers.1.mlp.linear_qkv", "decoder.layers.x.mlp.linear_fc1"):
         with pytest.raises(KeyError, match="no Hugging Face name is known"):
             hf_names(unknown)

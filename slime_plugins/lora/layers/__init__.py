@@ -1,7 +1,18 @@
 """LoRA forms of Megatron's linears: a subclass per base class, entered in place by ``adapt``."""
 
 from slime_plugins.lora.layers.adapter import LoRALinear, adapt, hide_adapters
-from slime_plugins.lora.layers.megatron import adapted_class
+from slime_plugins.lora.layers.experts import OneExpert, linears_of_experts
+from slime_plugins.lora.layers.megatron import adapted_class, is_duplicated
 from slime_plugins.lora.layers.spec import AdapterSpec, spec_for
 
-__all__ = ["AdapterSpec", "LoRALinear", "adapt", "adapted_class", "hide_adapters", "spec_for"]
+__all__ = [
+    "AdapterSpec",
+    "LoRALinear",
+    "OneExpert",
+    "adapt",
+    "adapted_class",
+    "hide_adapters",
+    "is_duplicated",
+    "linears_of_experts",
+    "spec_for",
+]

@@ -7,6 +7,9 @@ class becomes a subclass with ``LoRALinear`` in front. Per rank (T tensor-parall
     row      lora_A [P*R, I/T]  sharded on dim 1    lora_B [O, R]       replicated
     duplicated   lora_A [P*R, I], lora_B [rows, R], both replicated, like the base
 
+A linear of experts has both with the rank's experts in front, [E, ...], sharded over expert-parallel ranks; T is then
+the size of the expert-tensor-parallel group.
+
 ``rows`` are those of the adapted projections. They lie in the base's own order if one block covers the whole linear,
 else projection after projection, each in Hugging Face order.
 """
@@ -19,21 +22,22 @@ import math
 from collections.abc import Iterator
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
-from slime_plugins.lora.layers.lowrank import Collective, down, up
+from slime_plugins.lora.layers.lowrank import Collective, Dense, down, up
 from slime_plugins.lora.layers.sharding import adapter_sharded_tensors
-from slime_plugins.lora.layers.spec import AdapterSpec, tp_group_of
+from slime_plugins.lora.layers.spec import AdapterSpec, base_weights, tp_group_of
 
-# parallel mode, sequence parallel -> collective on h forward, on dh backward. See the table in ``lowrank``.
+# parallel mode, where the tokens are -> collective on h forward, on dh backward. See the table in ``lowrank``.
 COLLECTIVES = {
-    ("column", False): ("none", "sum"),
-    ("column", True): ("gather", "scatter"),
-    ("row", False): ("sum", "none"),
-    ("row", True): ("scatter", "gather"),
-    ("duplicated", False): ("none", "none"),
-    ("duplicated", True): ("none", "none"),
+    ("column", "whole"): ("none", "sum"),
+    ("column", "sequence"): ("gather", "scatter"),
+    ("column", "outside"): ("none", "sum_apart"),
+    ("row", "whole"): ("sum", "none"),
+    ("row", "sequence"): ("scatter", "gather"),
+    ("row", "outside"): ("sum_apart", "none"),
 }
 # parallel mode -> the replicated parameters. Under sequence parallelism a rank's gradient of them covers its own
 # tokens alone, and must be summed over tensor-parallel ranks.
@@ -60,19 +64,21 @@ class LoRALinear:
         output, bias = super().forward(input_, *args, **kwargs)
         return self._lora_up(output, h, exchanges), bias
 
-    def _lora_down(self, x: torch.Tensor, seen_by_A: torch.Tensor | None = None):
+    def _lora_down(self, x: torch.Tensor, seen_by_A: torch.Tensor | None = None, product=Dense):
         """First tap. ``seen_by_A``: what A multiplies where that is not the base's input."""
-        kinds = (
-            COLLECTIVES[self.lora.parallel, self.lora_sequence_parallel] if self.lora_tp_size > 1 else ("none",) * 2
-        )
+        kinds = ("none", "none")
+        if self.lora_tp_size > 1:
+            kinds = COLLECTIVES[self.lora.parallel, self.lora_tokens]
+        if not torch.is_grad_enabled():  # then there is no weight gradient to sum for
+            kinds = tuple(kind.replace("sum_apart", "none") for kind in kinds)
         exchanges = tuple(Collective(kind, self.lora_tp_group) for kind in kinds)
         if self.training and self.lora.config.dropout:
             seen_by_A = self._lora_dropout(x if seen_by_A is None else seen_by_A)
-        x, h = down(x, seen_by_A, self.lora_A.to(x.dtype), exchanges)
+        x, h = down(x, seen_by_A, self.lora_A.to(x.dtype), exchanges, product)
         return x, h, exchanges
 
-    def _lora_up(self, y: torch.Tensor, h: torch.Tensor, exchanges) -> torch.Tensor:
-        return up(y, h, self.lora_B.to(y.dtype), self.lora.blocks, exchanges)
+    def _lora_up(self, y: torch.Tensor, h: torch.Tensor, exchanges, product=Dense) -> torch.Tensor:
+        return up(y, h, self.lora_B.to(y.dtype), self.lora.blocks, exchanges, product)
 
     def _lora_dropout(self, x: torch.Tensor) -> torch.Tensor:
         """Mask a sharded input from the model-parallel RNG and a replicated one from the common RNG.
@@ -96,8 +102,33 @@ class LoRALinear:
         return 1 if self.lora.parallel == "duplicated" else self.lora_tp_group.size()
 
     @property
+    def lora_tokens(self) -> str:
+        """Which tokens the base takes and gives, and who exchanges them: a key of ``COLLECTIVES``.
+
+        whole: all of the tensor-parallel group's, the base sums. sequence: this rank's, the base gathers and scatters.
+        outside: all of them, and partial sums are the caller's business.
+        """
+        if self.lora.parallel != "duplicated" and _leaves_exchange_to_caller(self):
+            return "outside"
+        return "sequence" if self.config.sequence_parallel and self.lora_tp_group.size() > 1 else "whole"
+
+    @property
     def lora_sequence_parallel(self) -> bool:
-        return self.config.sequence_parallel and self.lora_tp_group.size() > 1
+        return self.lora_tokens == "sequence"
+
+    def lora_installed(self) -> None:
+        """Called once, when the adapter is there."""
+
+    def lora_full_numel(self) -> int:
+        """Adapter parameters over all tensor- and expert-parallel ranks, each replica counted once."""
+        A, B = self.lora_A.numel(), self.lora_B.numel()
+        of_ranks = A * (self.lora_tp_size if self.lora.parallel == "row" else 1)
+        of_ranks += B * (self.lora_tp_size if self.lora.parallel == "column" else 1)
+        return of_ranks * self.lora.num_experts // len(self.lora.experts or [None])
+
+    def lora_linears(self) -> list[LoRALinear]:
+        """One linear per base weight: this one; for stacked experts, a view of each."""
+        return [self]
 
     def lora_delta_weight(self) -> torch.Tensor:
         """scaling * B A for this rank's shard of the base weight, float32 [O, I], no communication."""
@@ -105,8 +136,7 @@ class LoRALinear:
         A, B = self.lora_A.detach().float(), self.lora_B.detach().float()
         delta = A.new_zeros(self.weight.shape)
         for block in spec.blocks:
-            A_RI = A[block.cols]
-            block.out.put(delta, block.scaling * (B[block.rows] @ A_RI))
+            delta[block.out.run_index().to(delta.device)] = block.scaling * (B[block.rows] @ A[block.cols])
         return delta
 
     def _apply(self, fn, recurse=True):
@@ -133,6 +163,13 @@ class LoRALinear:
         return state
 
 
+def _leaves_exchange_to_caller(linear) -> bool:
+    """Megatron's own linears say so; TE's lose their parallel mode."""
+    if hasattr(linear, "explicit_expert_comm"):
+        return linear.explicit_expert_comm
+    return hasattr(linear, "parallel_mode") and linear.parallel_mode is None
+
+
 def adapt(linear: torch.nn.Module, lora_class: type, spec: AdapterSpec, dtype: torch.dtype | None) -> None:
     """Turn a linear into its LoRA form in place. B starts at zero: the output does not change.
 
@@ -142,45 +179,77 @@ def adapt(linear: torch.nn.Module, lora_class: type, spec: AdapterSpec, dtype: t
     """
     linear.__class__ = lora_class
     linear.lora, linear.lora_enabled, linear.lora_keep_dtype = spec, True, dtype is not None
-    weight = linear.weight
-    dtype = dtype or weight.dtype
+    weight = base_weights(linear)[0]
+    dtype, stack = dtype or weight.dtype, (len(spec.experts),) if spec.experts else ()
     linear.lora_A = torch.nn.Parameter(_init_A(linear).to(device=weight.device, dtype=dtype))
-    linear.lora_B = torch.nn.Parameter(torch.zeros(spec.rows, spec.rank, device=weight.device, dtype=dtype))
-    _mark(linear.lora_A, sharded_dim=1 if spec.parallel == "row" else None)
-    _mark(linear.lora_B, sharded_dim=0 if spec.parallel == "column" else None)
+    linear.lora_B = torch.nn.Parameter(torch.zeros(*stack, spec.rows, spec.rank, device=weight.device, dtype=dtype))
+    _mark(linear.lora_A, sharded_dim=-1 if spec.parallel == "row" else None)
+    _mark(linear.lora_B, sharded_dim=-2 if spec.parallel == "column" else None)
     for name in REPLICATED[spec.parallel]:
-        # Megatron's finalize_model_grads sums marked gradients over TP, once.
-        getattr(linear, name).sequence_parallel = linear.lora_sequence_parallel
+        parameter = getattr(linear, name)
+        if spec.experts:
+            _mark_expert_replica(parameter, linear.lora_tp_group)
+        else:
+            # Megatron's finalize_model_grads sums marked gradients over TP, once.
+            parameter.sequence_parallel = linear.lora_sequence_parallel
+    if spec.experts:
+        # Reduced over the expert-data-parallel group, in buffers and an optimizer of their own.
+        linear.lora_A.allreduce = linear.lora_B.allreduce = _expert_groups_are_dense(linear)
+    linear.lora_installed()
 
 
 def _mark(parameter: torch.nn.Parameter, sharded_dim: int | None) -> None:
     """Tell Megatron's grad norm, clipping and optimizer whether TP ranks hold shards or copies."""
-    set_tensor_model_parallel_attributes(
-        parameter, is_parallel=sharded_dim is not None, dim=-1 if sharded_dim is None else sharded_dim, stride=1
-    )
+    sharded = sharded_dim is not None
+    dim = parameter.dim() + sharded_dim if sharded else -1
+    set_tensor_model_parallel_attributes(parameter, is_parallel=sharded, dim=dim, stride=1)
     parameter.allreduce = True  # reduced over the dense data-parallel group
 
 
+def _mark_expert_replica(parameter: torch.nn.Parameter, etp_group) -> None:
+    """Count a copy once in the grad norm. Megatron asks the dense TP rank, which says nothing about copies of experts;
+    a parameter marked as shared it leaves out."""
+    parameter.tensor_model_parallel = True
+    parameter.shared = etp_group.rank() > 0
+
+
+def _expert_groups_are_dense(linear) -> bool:
+    """Are the ranks that hold equal experts those that hold equal dense weights?"""
+    dense_tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    return linear.lora.num_experts == len(linear.lora.experts) and linear.lora_tp_group.size() == dense_tp_size
+
+
 def _init_A(linear) -> torch.Tensor:
-    """This rank's shard of the full A, float32 [P*R, I or I/T]; the full A depends on seed and name alone."""
+    """This rank's shard of the full A, float32 [P*R, I or I/T] (stacked [E, ...]).
+
+    The full A depends on seed and name alone: every expert, at every parallelism, starts from the same A of its own.
+    """
     spec: AdapterSpec = linear.lora
-    tp_rank, tp_size = linear.lora_tp_group.rank(), linear.lora_tp_size
-    local = linear.weight.shape[1]
-    full = local * tp_size if spec.parallel == "row" else local
+    local = base_weights(linear)[0].shape[1]
+    columns = slice(None)
+    if spec.parallel == "row":
+        tp_rank = linear.lora_tp_group.rank()
+        columns = slice(tp_rank * local, (tp_rank + 1) * local)
+    full = local * linear.lora_tp_size if spec.parallel == "row" else local
+    if spec.experts is None:
+        return _full_A(spec, full)[:, columns]
+    return torch.stack([_full_A(spec.of_expert(i), full)[:, columns] for i in range(len(spec.experts))])
+
+
+def _full_A(spec: AdapterSpec, fan_in: int) -> torch.Tensor:
     stacked = []
     for i in range(spec.num_A):
         rank = spec.ranks[i] if spec.split else spec.rank
         key = f"{spec.config.seed}:{spec.name}:{spec.parts[i].name if spec.split else 'fused'}"
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)
         generator = torch.Generator().manual_seed(seed)
-        A = torch.zeros(spec.rank, full)
+        A = torch.zeros(spec.rank, fan_in)
         if spec.config.init == "kaiming":  # kaiming_uniform_(a=sqrt(5)) of a [rank, in] matrix, as PEFT has it
-            A[:rank].uniform_(-1 / math.sqrt(full), 1 / math.sqrt(full), generator=generator)
+            A[:rank].uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
         else:
             A[:rank].normal_(0.0, 1 / spec.rank, generator=generator)
         stacked.append(A)
-    A = torch.cat(stacked)
-    return A[:, tp_rank * local : (tp_rank + 1) * local] if spec.parallel == "row" else A
+    return torch.cat(stacked)
 
 
 @contextlib.contextmanager

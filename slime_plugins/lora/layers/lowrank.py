@@ -197,7 +197,8 @@ class _Up(torch.autograd.Function):
                 dh_NR[:, block.cols] += dh
             if ctx.needs_input_grad[2]:
                 dB.append(product.dB(dy_block, h_NR[:, block.cols], block.scaling))
-        # Autograd wants a gradient of h's shape; the exchanged one, of other tokens, reaches ``_Down`` by the exchange.
+        # Autograd wants a gradient of h's shape; the exchanged one, of other tokens, reaches ``_Down`` through the
+        # exchange.
         ctx.backward_exchange.start(dh_NR)
         return dy, dh_NR, _concatenated(dB), None, None, None, None
 

@@ -7,6 +7,7 @@ import sys
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
+from slime_plugins.lora.layers import experts, router
 from slime_plugins.lora.layers.adapter import LoRALinear
 
 
@@ -22,6 +23,8 @@ class LoRARowParallelLinear(LoRALinear, RowParallelLinear):
 LORA_CLASSES = {
     ColumnParallelLinear: (LoRAColumnParallelLinear, "column"),
     RowParallelLinear: (LoRARowParallelLinear, "row"),
+    **experts.LORA_CLASSES,
+    **router.LORA_CLASSES,
 }
 
 
@@ -36,3 +39,10 @@ def adapted_class(linear: torch.nn.Module) -> tuple[type, str] | None:
     from slime_plugins.lora.layers import te
 
     return (LORA_CLASSES | te.LORA_CLASSES).get(type(linear))
+
+
+def is_duplicated(module: torch.nn.Module) -> bool:
+    """Does every tensor-parallel rank hold the whole weight of this linear, adapted or not?"""
+    if isinstance(module, LoRALinear):
+        return module.lora.parallel == "duplicated"
+    return (adapted_class(module) or (None, None))[1] == "duplicated"

@@ -68,10 +68,7 @@ def pieces_of(linear) -> dict[str, tuple[Piece, ...]]:
         ]
     else:
         A_pieces = [Piece("lora_A", slice(None), A_dim)]
-    B_pieces = [
-        Piece(f"lora_B.{part.name}", part.index() if spec.in_base_order else spec.blocks[i].rows, B_dim)
-        for i, part in enumerate(spec.parts)
-    ]
+    B_pieces = [Piece(f"lora_B.{part.name}", spec.rows_of(i), B_dim) for i, part in enumerate(spec.parts)]
     return {"lora_A": tuple(A_pieces), "lora_B": tuple(B_pieces)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,7 +12,7 @@ from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.layers.lowrank import Block
 from slime_plugins.lora.layout import Part, gated_parts, qkv_parts, whole
-from slime_plugins.lora.names import hf_names
+from slime_plugins.lora.names import hf_names, of_expert
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,10 @@ class AdapterSpec:
     """One A per part instead of one for all."""
     config: LoRAConfig
     """What it was derived from."""
+    experts: range | None = None
+    """Experts stacked in A and B on this rank, as numbers in the whole layer; None: A and B are matrices."""
+    num_experts: int = 1
+    """Experts of the whole layer."""
 
     @property
     def num_A(self) -> int:
@@ -65,13 +70,41 @@ class AdapterSpec:
         return tuple(blocks)
 
     def part_A(self, lora_A: torch.Tensor, index: int) -> torch.Tensor:
-        """View of one part's A: [rank, I]."""
+        """View of one part's A: [rank, I], with experts in front if they are stacked."""
         start = index * self.rank if self.split else 0
-        return lora_A[start : start + self.rank]
+        return lora_A[..., start : start + self.rank, :]
 
     def part_B(self, lora_B: torch.Tensor, index: int) -> torch.Tensor:
-        """One part's B in Hugging Face row order: [part rows, rank]."""
-        return self.parts[index].take(lora_B) if self.in_base_order else lora_B[self.blocks[index].rows]
+        """One part's B in Hugging Face row order: [part rows, rank], with experts in front if they are stacked."""
+        return lora_B[..., self.rows_of(index), :]
+
+    def rows_of(self, index: int) -> slice | torch.Tensor:
+        """Rows of lora_B that are one part's, in Hugging Face order."""
+        part = self.parts[index]
+        if self.in_base_order:
+            return part.index()
+        rows = self.blocks[index].rows
+        return rows if part.pieces == 1 else rows.start + part.hf_order()
+
+    def of_expert(self, index: int) -> AdapterSpec:
+        """The adapter of the ``index``-th expert of this rank."""
+        return dataclasses.replace(self, name=of_expert(self.name, self.experts[index]), experts=None, num_experts=1)
+
+
+def base_weights(linear: torch.nn.Module) -> list[torch.Tensor]:
+    """The frozen matrices of a linear, adapted or not: one, or one per expert of this rank."""
+    if hasattr(linear, "linears"):
+        return [one.weight for one in linear.linears]
+    if hasattr(linear, "num_gemms"):
+        return list(linear._get_weight_tensors())  # TE's own, for weights kept apart and for those kept as one
+    return [linear.weight]
+
+
+def ep_group_of(linear: torch.nn.Module):
+    """The expert-parallel group of a linear of experts; None for other linears."""
+    if hasattr(linear, "num_gemms"):
+        return linear._pg_collection.ep
+    return getattr(linear, "ep_group", None)
 
 
 def tp_group_of(linear: torch.nn.Module):
@@ -102,7 +135,13 @@ def spec_for(
             f"share one A; use --lora-layout split, or name {name.rsplit('.', 1)[-1]} instead"
         )
     tp_size = tp_group_of(linear).size()
-    rows, columns = linear.weight.shape
+    weights, ep_group = base_weights(linear), ep_group_of(linear)
+    if config.dropout and ep_group is not None and tp_size > 1:
+        raise UsageError(
+            f"LoRA dropout on {name} with expert tensor parallelism: its ranks could not agree on a mask; "
+            "use --lora-dropout 0, --expert-tensor-parallel-size 1, or exclude the experts"
+        )
+    rows, columns = weights[0].shape
     full_in = columns * (tp_size if parallel == "row" else 1)
     for part, rank in zip(parts, ranks):
         full_out = (part.size if split or len(parts) == 1 else rows) * (tp_size if parallel == "column" else 1)
@@ -121,12 +160,18 @@ def spec_for(
         all_parts=all_parts,
         split=split,
         config=config,
+        **(_experts_of(len(weights), ep_group) if ep_group is not None else {}),
     )
+
+
+def _experts_of(num_local: int, ep_group) -> dict:
+    first = ep_group.rank() * num_local
+    return {"experts": range(first, first + num_local), "num_experts": ep_group.size() * num_local}
 
 
 def _parts_of(linear: torch.nn.Module, name: str) -> tuple[Part, ...]:
     """The projections of this rank's shard of a linear."""
-    rows, config = linear.weight.shape[0], linear.config
+    rows, config = base_weights(linear)[0].shape[0], linear.config
     leaves = tuple(hf_name.rsplit(".", 1)[-1] for hf_name in hf_names(name))
     if len(leaves) == 1:
         return (whole(leaves[0], rows),)
@@ -141,11 +186,15 @@ def _parts_of(linear: torch.nn.Module, name: str) -> tuple[Part, ...]:
             f"use one that divides {config.num_query_groups}"
         )
     parts = qkv_parts(
-        config.num_attention_heads // tp_size, config.num_query_groups // tp_size, config.kv_channels, leaves
+        config.num_attention_heads // tp_size,
+        config.num_query_groups // tp_size,
+        config.kv_channels,
+        leaves,
+        gated=getattr(config, "attention_output_gate", False),
     )
     if sum(part.size for part in parts) != rows:
         raise UsageError(
             f"{name} has {rows} rows on this rank, not the {sum(part.size for part in parts)} of q, k and v; "
-            "gated attention and other extra rows cannot be adapted"
+            "extra rows cannot be adapted; exclude it"
         )
     return parts

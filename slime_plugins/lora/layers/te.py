@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import torch
 from megatron.core.extensions.transformer_engine import (
+    TEColumnParallelGroupedLinear,
     TEColumnParallelLinear,
     TELayerNormColumnParallelLinear,
     TELinear,
+    TERowParallelGroupedLinear,
     TERowParallelLinear,
 )
 
 from slime_plugins.lora.layers.adapter import LoRALinear
+from slime_plugins.lora.layers.experts import LoRAExperts
 
 
 class LoRATEColumnParallelLinear(LoRALinear, TEColumnParallelLinear):
@@ -51,10 +54,20 @@ class LoRATELayerNormColumnParallelLinear(LoRALinear, TELayerNormColumnParallelL
         return self._lora_up(output, h, exchanges), bias
 
 
+class LoRATEColumnParallelGroupedLinear(LoRAExperts, TEColumnParallelGroupedLinear):
+    """Experts: rows of W and B sharded over expert-tensor-parallel ranks, A replicated."""
+
+
+class LoRATERowParallelGroupedLinear(LoRAExperts, TERowParallelGroupedLinear):
+    """Experts: columns of W and A sharded over expert-tensor-parallel ranks, B replicated."""
+
+
 # Exact class -> its LoRA form and parallel mode.
 LORA_CLASSES = {
     TELayerNormColumnParallelLinear: (LoRATELayerNormColumnParallelLinear, "column"),
     TEColumnParallelLinear: (LoRATEColumnParallelLinear, "column"),
     TERowParallelLinear: (LoRATERowParallelLinear, "row"),
     TELinear: (LoRATELinear, "duplicated"),
+    TEColumnParallelGroupedLinear: (LoRATEColumnParallelGroupedLinear, "column"),
+    TERowParallelGroupedLinear: (LoRATERowParallelGroupedLinear, "row"),
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 from slime_plugins.lora.arguments import add_lora_arguments, validate_lora_args
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.names import LINEARS, hf_names
+from slime_plugins.lora.names import DENSE, hf_names
 from slime_plugins.lora.slime.paths import TRACKER, adapter_step_dir, step_dir
 
 logger = logging.getLogger(__name__)
@@ -207,9 +207,9 @@ def projections(config: LoRAConfig, num_layers: int) -> list[str]:
 
     targets = Targets(config.target_modules, config.exclude_modules)
     found = {}
-    for leaf, (parent, *_) in LINEARS.items():
+    for path in DENSE:
         for layer in range(num_layers):
-            name = f"decoder.layers.{layer}.{parent}.{leaf}"
+            name = f"decoder.layers.{layer}.{path}"
             for part in targets.parts_of(name):
                 found[hf_names(name)[part].rsplit(".", 1)[-1]] = None
     return list(found)
