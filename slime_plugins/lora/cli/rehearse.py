@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import warnings
 
-from slime_plugins.lora.arguments import add_lora_arguments
+from slime_plugins.lora.arguments import add_lora_arguments, validate_lora_args
 from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.rehearsal.preflight import prepare
 from slime_plugins.lora.rehearsal.settings import Settings
 from slime_plugins.lora.rehearsal.task import REWARDS
 
@@ -91,9 +94,15 @@ def _add_training_arguments(group, defaults: Settings) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, export, compare. 0, or an exception."""
+    args.use_lora = True
     if not args.lora_only_trainable:
         raise UsageError("--no-lora-only-trainable: a rehearsal trains and exports adapters alone")
-    settings = Settings.from_args(args)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        validate_lora_args(args)
+    for warning in caught:
+        print(f"slime-lora: warning: {warning.message}", file=sys.stderr)
+    settings = prepare(Settings.from_args(args))
     from slime_plugins.lora.rehearsal.run import rehearse
 
     rehearse(settings, debug=args.debug)

@@ -25,26 +25,26 @@ ADAPTER, SERVE, SETTINGS, METRICS, SUMMARY, CURVE, EVENTS = (
 )
 
 
-def claim(out: Path) -> bool:
-    """Make ``out`` ready for a new run; True if it held an earlier one, whose files are removed.
-
-    Raises:
-        UsageError: it holds something else.
-    """
+def check_replaceable(out: Path) -> None:
+    """Raise UsageError unless ``out`` is new, empty or an earlier rehearsal's."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: is a file, expected a directory")
-    if not out.exists() or not any(out.iterdir()):
-        out.mkdir(parents=True, exist_ok=True)
-        return False
-    if not (out / SETTINGS).is_file():
+    if out.is_dir() and any(out.iterdir()) and not (out / SETTINGS).is_file():
         raise UsageError(f"--out {out}: holds other files than a rehearsal's; name an empty or new directory")
+
+
+def claim(out: Path) -> bool:
+    """Make ``out`` ready for a new run; True if it held an earlier one, whose files (no others) are removed."""
+    check_replaceable(out)
+    out.mkdir(parents=True, exist_ok=True)
+    replaced = any(out.iterdir())
     for name in (ADAPTER, SERVE, METRICS, SUMMARY, CURVE, EVENTS):
         path = out / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    return True
+    return replaced
 
 
 class Recorder:

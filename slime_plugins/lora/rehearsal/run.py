@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from slime_plugins.lora.hf.verify import verify_adapter
 from slime_plugins.lora.rehearsal import outputs
-from slime_plugins.lora.rehearsal.builtin import builtin_checkpoint
 from slime_plugins.lora.rehearsal.cluster import Cluster, ray_cluster, resolve_device, terminate_as_interrupt
 from slime_plugins.lora.rehearsal.display import Display
 from slime_plugins.lora.rehearsal.grpo import Batch, group_advantages, make_batch
 from slime_plugins.lora.rehearsal.outputs import Recorder
-from slime_plugins.lora.rehearsal.settings import Settings, check_inputs
+from slime_plugins.lora.rehearsal.settings import Settings
 from slime_plugins.lora.rehearsal.task import REWARDS, Prompt, read_prompts, shuffled
 
 LOGITS_TOLERANCE = 1e-4
@@ -28,16 +25,17 @@ _COMPARED_TOKENS = 1024
 
 
 def rehearse(settings: Settings, *, debug: bool = False) -> dict:
-    """Run it all. Returns the summary, which is on disk then, as are adapter, metrics and curve.
+    """Train, export, compare. Returns the summary, which is on disk then, as are adapter, metrics and curve.
 
+    Args:
+        settings: as ``preflight.prepare`` returns them.
+        debug: show the other processes' output.
     Raises:
-        UsageError: something about the flags, before any process has been started.
-        ValueError: a bad input file; or, at the end, a base that changed, logits that differ, an adapter that is
-            not trained. OSError: a file cannot be read or written.
+        UsageError: no GPUs for ``--device cuda``.
+        ValueError: a process died; or, at the end, the base has changed, logits differ, the adapter is not trained.
     """
     display = Display()
     with terminate_as_interrupt():
-        settings = prepare(settings, display.line)
         out, adapter_dir = Path(settings.out), Path(settings.out) / outputs.ADAPTER
         device = resolve_device(settings)
         if outputs.claim(out):
@@ -65,17 +63,6 @@ def rehearse(settings: Settings, *, debug: bool = False) -> dict:
         verify(summary, settings, adapter_dir)
         display.end(out, summary)
     return summary
-
-
-def prepare(settings: Settings, progress: Callable[[str], None]) -> Settings:
-    """Settings with every default filled in and everything checked that can be before a process starts."""
-    settings = settings.resolved()
-    settings.check()
-    if settings.builtin:
-        base, prompt_data = builtin_checkpoint(progress)
-        settings = dataclasses.replace(settings, hf_checkpoint=str(base), prompt_data=str(prompt_data))
-    check_inputs(settings)
-    return settings
 
 
 def train(cluster: Cluster, settings: Settings, adapter_dir: Path, recorder: Recorder, display: Display) -> Batch:

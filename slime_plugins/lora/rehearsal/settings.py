@@ -1,11 +1,10 @@
-"""Everything one rehearsal is told, and every check that needs no model, no torch and no other process."""
+"""Everything one rehearsal is told, and every check of it that needs no file."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
@@ -17,7 +16,6 @@ _COUNTS = (
     *("tp", "pp", "dp", "vpp", "steps", "rollout_batch_size", "n_samples_per_prompt", "rollout_max_response_len"),
     *("num_steps_per_rollout", "micro_batch_size"),
 )
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,38 +174,6 @@ class Settings:
     def to_dict(self) -> dict:
         """JSON-ready."""
         return {**dataclasses.asdict(self), "lora": self.lora.to_dict()}
-
-
-def check_inputs(settings: Settings) -> None:
-    """Read the base's headers, the prompt file and the adapter targets; everything wrong with them shows here.
-
-    Raises:
-        UsageError: a flag that does not fit this base.
-        ValueError, OSError: a file that is damaged or not supported.
-    """
-    from slime_plugins.lora.rehearsal.hf_base import HFBase
-    from slime_plugins.lora.rehearsal.task import read_prompts
-
-    base = HFBase.read(settings.hf_checkpoint)
-    base.check_parallel(tp=settings.tp, pp=settings.pp, vpp=settings.vpp)
-    if not any((base.path / name).is_file() for name in _TOKENIZER_FILES):
-        raise UsageError(f"{base.path}: no tokenizer files ({', '.join(_TOKENIZER_FILES)})")
-    if not Path(settings.prompt_data).is_file():
-        raise UsageError(f"--prompt-data {settings.prompt_data}: no such file")
-    read_prompts(settings.prompt_data, settings.input_key, settings.label_key)
-    _check_targets(settings.lora, base.linears())
-
-
-def _check_targets(lora: LoRAConfig, hf_linears: list[str]) -> None:
-    from slime_plugins.lora.names import megatron_name
-    from slime_plugins.lora.targets import Targets, check_all_matched
-
-    targets = Targets(lora.target_modules, lora.exclude_modules)
-    names = dict.fromkeys(megatron_name(name)[0] for name in hf_linears)
-    adapted = [name for name in names if targets.parts_of(name)]
-    check_all_matched(targets, targets.matched, names)
-    if not adapted:
-        raise UsageError("--lora-exclude-modules takes away everything that --lora-target-modules names")
 
 
 def _flag(name: str) -> str:
