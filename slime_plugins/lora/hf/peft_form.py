@@ -28,12 +28,13 @@ class Projection:
 
 
 def to_peft(
-    projections: list[Projection], config: LoRAConfig, hf_checkpoint: str | os.PathLike
+    projections: list[Projection], config: LoRAConfig, hf_checkpoint: str | os.PathLike, *, patterns: bool = False
 ) -> tuple[dict, dict[str, torch.Tensor]]:
-    """``adapter_config.json`` and the tensors of ``adapter_model.safetensors`` in the flat form of design section 3.
+    """``adapter_config.json`` and the tensors of ``adapter_model.safetensors``.
 
-    One rank (the largest; smaller ones padded with zero rows) and one alpha (other scalings folded into B), because
-    SGLang ignores patterns and ``use_rslora`` in silence.
+    By default in the flat form of design section 3: one rank (the largest; smaller ones padded with zero rows) and
+    one alpha (other scalings folded into B), because SGLang ignores patterns and ``use_rslora`` in silence.
+    ``patterns``: ranks and alphas as they were trained, in PEFT's ``rank_pattern`` and ``alpha_pattern``.
 
     Raises:
         UsageError: ``hf_checkpoint`` is not a checkpoint directory.
@@ -42,32 +43,47 @@ def to_peft(
     if not projections:
         raise ValueError("there is no adapter to export: no linear of this model carries one")
     base = BaseCheckpoint(hf_checkpoint)
-    rank = max(p.A.shape[0] for p in projections)
-    scaling = Counter(p.scaling for p in projections).most_common(1)[0][0]
-    tensors = {}
     for p in projections:
-        shape = (p.B.shape[0], p.A.shape[1])
-        found = base.linear_shape(p.name)
-        if found != shape:
-            has = f"has {list(found)}" if found else "has none of that name"
-            raise ValueError(
-                f"the adapter of {p.name} is for a {list(shape)} matrix, but {hf_checkpoint} {has}; "
-                "give the checkpoint that it was trained on"
-            )
-        pad = rank - p.A.shape[0]
-        A, B = p.A.detach().cpu(), p.B.detach().cpu()
-        if p.scaling != scaling:
-            B = (B.float() * (p.scaling / scaling)).to(B.dtype)
-        A, B = torch.nn.functional.pad(A, (0, 0, 0, pad)), torch.nn.functional.pad(B, (0, pad))
-        tensors[key_of(p.name, "A")] = A
-        tensors[key_of(p.name, "B")] = B
+        _check_fits(p, base)
+    ranks = [p.A.shape[0] for p in projections]
+    rank = Counter(ranks).most_common(1)[0][0] if patterns else max(ranks)
+    scaling = Counter(p.scaling for p in projections).most_common(1)[0][0]
     peft_config = config.to_peft(
         base_model=_base_name(hf_checkpoint),
         target_modules=target_list((p.name for p in projections), base.linears - {"lm_head"}),
         rank=rank,
         alpha=_alpha(scaling, rank),
     )
+    if patterns:
+        alphas = {p.name: _alpha(p.scaling, r) for p, r in zip(projections, ranks)}
+        peft_config["rank_pattern"] = {p.name: r for p, r in zip(projections, ranks) if r != rank}
+        peft_config["alpha_pattern"] = {n: alpha for n, alpha in alphas.items() if alpha != peft_config["lora_alpha"]}
+    tensors = {}
+    for p in projections:
+        A, B = (p.A.detach().cpu(), p.B.detach().cpu()) if patterns else _flat(p, rank, scaling)
+        tensors[key_of(p.name, "A")] = A
+        tensors[key_of(p.name, "B")] = B
     return peft_config, tensors
+
+
+def _check_fits(p: Projection, base: BaseCheckpoint) -> None:
+    shape = (p.B.shape[0], p.A.shape[1])
+    found = base.linear_shape(p.name)
+    if found != shape:
+        has = f"has {list(found)}" if found else "has none of that name"
+        raise ValueError(
+            f"the adapter of {p.name} is for a {list(shape)} matrix, but {base.directory} {has}; "
+            "give the checkpoint that it was trained on"
+        )
+
+
+def _flat(p: Projection, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B padded to ``rank``, for the factor ``scaling``."""
+    pad = rank - p.A.shape[0]
+    A, B = p.A.detach().cpu(), p.B.detach().cpu()
+    if p.scaling != scaling:
+        B = (B.float() * (p.scaling / scaling)).to(B.dtype)
+    return torch.nn.functional.pad(A, (0, 0, 0, pad)), torch.nn.functional.pad(B, (0, pad))
 
 
 def _alpha(scaling: float, rank: int) -> float:

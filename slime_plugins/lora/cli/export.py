@@ -1,0 +1,81 @@
+"""``slime-lora export``: a sharded checkpoint to a PEFT adapter, or merged into its base. Text and printing only."""
+
+from __future__ import annotations
+
+import argparse
+
+NAME = "export"
+HELP = "Turn a sharded adapter checkpoint into a PEFT adapter, or merge it into its base."
+EPILOG = """\
+One plain process: no GPU, no process group, no Megatron. Every byte that is read is compared with its checksum, and
+the base with the one that the adapter was trained on. The last line printed is the path written.
+
+examples:
+  slime-lora export --checkpoint runs/math --hf-checkpoint Qwen3-4B --out math-adapter
+  slime-lora export --checkpoint runs/math/iter_0000100 --hf-checkpoint Qwen3-4B --out math-adapter --serve-dir serve
+  slime-lora export --checkpoint runs/math --hf-checkpoint Qwen3-4B --out Qwen3-4B-math --merge
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb."""
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="a run's directory (its latest checkpoint), or one in it"
+    )
+    parser.add_argument("--hf-checkpoint", required=True, metavar="DIR", help="the base that it was trained on")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the adapter, or with --merge the merged model")
+    parser.add_argument("--merge", action="store_true", help="write a full checkpoint: base plus adapter")
+    parser.add_argument(
+        "--peft-patterns",
+        action="store_true",
+        help="ranks and alphas as trained, in rank_pattern and alpha_pattern, which SGLang ignores; "
+        "default: one rank, one alpha",
+    )
+    parser.add_argument(
+        "--serve-dir", metavar="DIR", help="also make a directory of links to base and adapter, for transformers serve"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write what was asked for; 0, or the error that ``cli.main`` prints."""
+    from slime_plugins.lora.checkpoint.reader import AdapterCheckpoint
+    from slime_plugins.lora.errors import UsageError
+    from slime_plugins.lora.hf.headers import BaseCheckpoint
+
+    if args.merge and (args.peft_patterns or args.serve_dir):
+        flag = "--peft-patterns" if args.peft_patterns else "--serve-dir"
+        raise UsageError(f"--merge writes a full model, for which {flag} has no meaning; leave one of them out")
+    checkpoint = AdapterCheckpoint(args.checkpoint)
+    checkpoint.check_base(BaseCheckpoint(args.hf_checkpoint))
+    projections = list(checkpoint.projections())
+    parameters = sum(p.A.numel() + p.B.numel() for p in projections)
+    step = "no step" if checkpoint.manifest.step is None else f"step {checkpoint.manifest.step}"
+    print(f"{checkpoint.path}: {step}, {len(projections)} adapted matrices, {parameters:,} parameters")
+    if args.merge:
+        _merge(projections, args)
+    else:
+        _export(projections, checkpoint.manifest.config, args)
+    print(args.serve_dir or args.out)
+    return 0
+
+
+def _export(projections, config, args: argparse.Namespace) -> None:
+    from slime_plugins.lora.hf.peft_files import write_adapter
+    from slime_plugins.lora.hf.peft_form import to_peft
+    from slime_plugins.lora.hf.serve_dir import make_serve_dir
+
+    adapter = to_peft(projections, config, args.hf_checkpoint, patterns=args.peft_patterns)
+    write_adapter(args.out, *adapter, base=args.hf_checkpoint)
+    if args.serve_dir:
+        make_serve_dir(args.hf_checkpoint, args.out, args.serve_dir)
+        print(f"serve it with: transformers serve {args.serve_dir}")
+
+
+def _merge(projections, args: argparse.Namespace) -> None:
+    from slime_plugins.lora.hf.merge import merge_checkpoint
+
+    rounding = merge_checkpoint(projections, args.hf_checkpoint, args.out)
+    print(
+        f"lost to rounding: {rounding.lost_share:.2%} of the update by size "
+        f"({rounding.unchanged:,} of {rounding.entries:,} weights did not move)"
+    )
