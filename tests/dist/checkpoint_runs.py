@@ -57,6 +57,15 @@ class Run:
             wd_incr_style="constant",
         )
 
+    @torch.no_grad()
+    def start(self) -> None:
+        """Give every B values from which training can go anywhere; B is zero at first."""
+        adapted.randomize(self.model)
+        for linear in iter_adapters(self.model):
+            for i, rank in enumerate(linear.lora.ranks):  # beyond its own rank, a projection is padded with zeros
+                adapted.own_B(linear, i, linear.lora_B)[:, rank:] = 0
+        self.optimizer.reload_model_params()
+
     def train(self, first: int, count: int) -> list[float]:
         """Steps on batches that depend on the step's number alone. Returns losses, on every rank."""
         losses = []
@@ -129,8 +138,7 @@ def master_to_model(inner):
 def save_run(layout: Layout, hf_dir, config, path, kwargs=None):
     """Train, save, train on. Returns the state at the save, later losses, and the last adapters (rank 0)."""
     run = Run(layout, hf_dir, config, **(kwargs or {}))
-    adapted.randomize(run.model)  # B is not zero from the first step on
-    run.optimizer.reload_model_params()
+    run.start()
     run.train(0, SAVED_AT)
     state = run.state()
     save_adapter(run.model, path, optimizer=run.optimizer, scheduler=run.scheduler, step=SAVED_AT)

@@ -41,7 +41,9 @@ class AdapterCheckpoint:
             A, B = self._reader.read(A_key), self._reader.read(f"{name}.lora_B.{leaf}")
         except KeyError as error:
             raise ValueError(f"{self.path} has no tensor {error}") from None
-        # In a split layout, narrower projections are padded to the widest with zeros.
+        # In a split layout, narrower projections are padded to the widest, and the padding must contribute nothing.
+        if A[rank:].any() and B[:, rank:].any():
+            raise ValueError(f"{self.path}: {full_name} has rank {rank}, but values beyond it")
         return Projection(full_name, A[:rank].clone(), B[:, :rank].clone(), adapter.scalings[i])
 
     def check_base(self, checkpoint: BaseCheckpoint) -> None:

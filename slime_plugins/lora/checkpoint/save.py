@@ -18,6 +18,7 @@ from slime_plugins.lora.checkpoint import directory, rng, storage
 from slime_plugins.lora.checkpoint.collective import all_gather, attempt, everywhere, gather, on_rank_0, rank
 from slime_plugins.lora.checkpoint.manifest import Manifest
 from slime_plugins.lora.checkpoint.model import (
+    Slot,
     adapters_of,
     fingerprint_of_model,
     parallelism,
@@ -91,7 +92,7 @@ def save_adapter(
     for slot in slots:
         for name, tensor in tensors.get(slot.parameter, {}).items():
             shards += slot.shards(tensor, name)
-    everywhere(lambda: _check_finite(shards))
+    everywhere(lambda: _check_finite(slots, shards))
     common = _common(step, scheduler, scalars)
     names = sorted({name for state in all_gather({n for t in tensors.values() for n in t}) for name in state})
     adapters: dict[str, Any] = {}
@@ -194,8 +195,10 @@ def _check(model, slots, state: OptimizerState | None) -> None:
         raise ValueError(f"the optimizer trains {len(known - adapters)} parameters that belong to no adapter")
 
 
-def _check_finite(shards: list[storage.Shard]) -> None:
-    bad = [shard.key for shard in shards if not torch.isfinite(shard.data).all()]
+def _check_finite(slots: list[Slot], shards: list[storage.Shard]) -> None:
+    """Also of parameters that another rank writes: a replica gone wrong is a run gone wrong."""
+    bad = [slot.key(slot.pieces[0]) for slot in slots if not torch.isfinite(slot.parameter).all()]
+    bad += [shard.key for shard in shards if not torch.isfinite(shard.data).all()]
     if bad:
         raise ValueError(f"{bad[0]} is not finite (one of {len(bad)} such tensors); nothing was saved")
 
@@ -217,7 +220,7 @@ def _common(step: int | None, scheduler, scalars: dict[str, Any]) -> bytes | Non
             # What cannot be read back without executing it must not be written.
             torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
         except (pickle.PickleError, AttributeError, TypeError) as error:
-            raise ValueError(f"the scheduler's state holds more than numbers, strings and tensors: {error}") from error
+            raise ValueError("the scheduler's state holds more than numbers, strings and tensors") from error
         return buffer.getvalue()
 
     result, problem = attempt(pack) if rank() == 0 else (None, None)
