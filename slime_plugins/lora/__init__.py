@@ -16,6 +16,7 @@ _PUBLIC = {
     "save_adapter": "checkpoint.save",
     "load_adapter": "checkpoint.load",
     "export_peft": "hf.export",
+    "import_peft": "hf.import_",
 }
 
 __all__ = list(_PUBLIC)
