@@ -72,6 +72,14 @@ def check_logits(results, expected):
     return results[0][0]
 
 
+def check_bits(directory, expected: dict[str, torch.Tensor]) -> None:
+    found = load_file(directory / "adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert found[key].dtype == tensor.dtype  # torch.equal converts
+        assert torch.equal(found[key], tensor), key
+
+
 def products(directory) -> dict[str, torch.Tensor]:
     """Scaled B A of every module, in float64."""
     config, tensors = read_adapter(directory)
@@ -98,11 +106,7 @@ def test_split_round_trip_is_bit_equal(pool2, tmp_path, tmp_path_factory, family
         pool2.run(imported, hf_dir, tmp_path / "in", None, tmp_path / "out", tp=2, sp=True), expected
     )
     assert (report.projections, report.rescaled, report.stacked) == (28, (), ())
-    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("in", "out"))
-    assert before.keys() == after.keys()
-    for key, tensor in before.items():
-        assert tensor.dtype == after[key].dtype
-        assert torch.equal(tensor, after[key]), key
+    check_bits(tmp_path / "out", load_file(tmp_path / "in" / "adapter_model.safetensors"))
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 6)
 
@@ -127,8 +131,7 @@ def test_shared_A_stays_fused(pool2, tmp_path, tmp_path_factory):
     assert config_from_peft(tmp_path / "in").layout == "fused"
     report = check_logits(pool2.run(imported, hf_dir, tmp_path / "in", None, tmp_path / "out", tp=2), expected)
     assert report.stacked == ()
-    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("in", "out"))
-    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+    check_bits(tmp_path / "out", load_file(tmp_path / "in" / "adapter_model.safetensors"))
 
 
 FORMS = {
@@ -163,8 +166,7 @@ def test_bin_and_half_precision(pool2, tmp_path, tmp_path_factory, dtype):
     expected = made_by_peft(hf_dir, tmp_path / "in", PLAIN, dtype=dtype, binary=True)
     before = torch.load(tmp_path / "in" / "adapter_model.bin")
     check_logits(pool2.run(imported, hf_dir, tmp_path / "in", None, tmp_path / "out", tp=2), expected)
-    after = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+    check_bits(tmp_path / "out", before)
 
 
 @pytest.mark.parametrize(
