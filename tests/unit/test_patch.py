@@ -59,7 +59,8 @@ FILES = {
     ),
     "slime/utils/http_utils.py": "import os\n\n\nasync def post(url, payload, headers=None):\n    return os.sep\n",
     "slime/ray/rollout.py": (
-        "import os\n\n\nclass RolloutManager:\n    '''Rollouts.'''\n\n    def __init__(self):\n        self.a = os.sep\n"
+        "import os\n\n\n"
+        "class RolloutManager:\n    '''Rollouts.'''\n\n    def __init__(self):\n        self.a = os.sep\n"
     ),
     "slime/rollout/sglang_streaming_rollout.py": (
         "import os\n\n\nasync def generate_streaming(args):\n    url = os.sep\n"
@@ -116,8 +117,8 @@ def test_every_edit_lies_where_it_belongs(slime):
     actor = (slime / ACTOR).read_text()
     mark = re.escape(edits.MARK)
     for expected in (
-        r"\)\n        self\.weights_backuper = slime_lora\.weights_backuper\(self, self\.weights_backuper\)  MARK\n        if",
-        r"\n        update_weight_cls = slime_lora\.weight_updater\(self, update_weight_cls\)  MARK\n        self\.weight_u",
+        r"\)\n        self\.weights_backuper = slime_lora\.weights_backuper\(self, self\.weights_\w+\)  MARK\n",
+        r"\n        update_weight_cls = slime_lora\.weight_updater\(self, \w+\)  MARK\n        self\.weight_updater",
         r"\n    @slime_lora\.syncing  MARK\n    @timer\n    def update_weights",
         r"\n    @slime_lora\.other_policy  MARK\n    def load_other",
         r"\n\)\nfrom slime_plugins\.lora import slime as slime_lora  MARK\n\ntimer",

@@ -54,8 +54,6 @@ def loading(load_checkpoint):
 
 def _load(args: Namespace, model, optimizer, scheduler, load_base) -> int:
     """Base, then adapters. Returns the iteration that slime goes on from, as its own loader does."""
-    from slime_plugins.lora.checkpoint import load_adapter
-
     resumed = adapter_step_dir(args.load, args.ckpt_step) is not None
     base, base_step = base_source(args)
     with (
@@ -65,25 +63,28 @@ def _load(args: Namespace, model, optimizer, scheduler, load_base) -> int:
         load_base()
     remember_base(model, base, base_step)
     logger.info("LoRA: base from %s", base)
-    iteration = 0
     if resumed:
-        fresh = args.finetune or args.no_load_optim
-        step = load_adapter(
-            model,
-            args.load,
-            step=args.ckpt_step,
-            optimizer=None if fresh else optimizer,
-            scheduler=None if fresh else scheduler,
-        )
-        iteration = 0 if args.finetune else step
-        logger.info("LoRA: adapters of step %s from %s%s", step, args.load, ", optimizer fresh" if fresh else "")
-        if fresh:
-            optimizer.reload_model_params()
-    else:
-        if args.lora_adapter_path:
-            _start_from(model, args.lora_adapter_path)
-        optimizer.reload_model_params()  # or the first step would undo the load
-    return iteration
+        return _resume(args, model, optimizer, scheduler)
+    if args.lora_adapter_path:
+        _start_from(model, args.lora_adapter_path)
+    optimizer.reload_model_params()  # or the first step would undo the load
+    return 0
+
+
+def _resume(args: Namespace, model, optimizer, scheduler) -> int:
+    from slime_plugins.lora.checkpoint.load import load_adapter
+
+    fresh = args.finetune or args.no_load_optim or args.no_save_optim
+    loaded = load_adapter(
+        model,
+        adapter_step_dir(args.load, args.ckpt_step),
+        optimizer=optimizer,
+        scheduler=None if fresh else scheduler,
+        fresh_optimizer=fresh,
+        restore_rng=not (args.finetune or args.no_load_rng),
+    )
+    logger.info("LoRA: adapters of step %s from %s%s", loaded.step, args.load, ", optimizer fresh" * fresh)
+    return 0 if args.finetune else loaded.step or 0
 
 
 def base_source(args: Namespace) -> tuple[str, int | None]:
@@ -107,9 +108,9 @@ def base_source(args: Namespace) -> tuple[str, int | None]:
 def _start_from(model, path: str) -> None:
     """Adapter values from a PEFT directory or from a checkpoint of adapters."""
     if adapter_step_dir(path) is not None:
-        from slime_plugins.lora.checkpoint import load_adapter
+        from slime_plugins.lora.checkpoint.load import load_adapter
 
-        load_adapter(model, path)
+        load_adapter(model, adapter_step_dir(path), restore_rng=False)
     else:
         from slime_plugins.lora.hf.import_ import import_peft
 
@@ -126,7 +127,7 @@ def saving(save_checkpoint):
             return save_checkpoint(iteration, model, optimizer, opt_param_scheduler, *more, **kwargs)
         from megatron.training.global_vars import get_args
 
-        from slime_plugins.lora.checkpoint import save_adapter
+        from slime_plugins.lora.checkpoint.save import save_adapter
 
         args = get_args()
         save_adapter(

@@ -10,7 +10,7 @@ from pathlib import Path
 from slime_plugins.lora.arguments import add_lora_arguments, validate_lora_args
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.names import DENSE, hf_names
+from slime_plugins.lora.names import LINEARS, MLA, hf_names
 from slime_plugins.lora.slime.paths import TRACKER, adapter_step_dir, step_dir
 
 logger = logging.getLogger(__name__)
@@ -147,6 +147,12 @@ def _refuse(args: Namespace) -> None:
             "--init-model-with-meta-device builds weights after the adapters have been initialised; drop it",
         ),
         (
+            (getattr(args, "optimizer_cpu_offload", False) or getattr(args, "use_precision_aware_optimizer", False))
+            and not args.no_save_optim,
+            "--optimizer-cpu-offload and --use-precision-aware-optimizer save memory that an adapter's optimizer does "
+            "not take, and its checkpoint cannot hold their state; drop them, or add --no-save-optim",
+        ),
+        (
             args.lora_critic and not args.use_critic,
             "--lora-critic without a critic; it goes with --advantage-estimator ppo",
         ),
@@ -179,7 +185,7 @@ def _serve_adapters(args: Namespace) -> None:
         raise UsageError(f"--sglang-max-lora-rank is {args.sglang_max_lora_rank}, but the adapter has rank {rank}")
     args.sglang_enable_lora = True
     args.sglang_max_lora_rank = args.sglang_max_lora_rank or rank
-    args.sglang_lora_target_modules = args.sglang_lora_target_modules or projections(config, args.num_layers)
+    args.sglang_lora_target_modules = args.sglang_lora_target_modules or projections(config, args)
     if getattr(args, "sglang_max_loras_per_batch", None) == SGLANG_LORAS_PER_BATCH:
         args.sglang_max_loras_per_batch = LORAS_IN_FLIGHT
     if args.offload_rollout:
@@ -201,14 +207,17 @@ def _serve_adapters(args: Namespace) -> None:
         args.update_weight_transport = "nccl"  # or slime's train group would wait for a whole checkpoint on disk
 
 
-def projections(config: LoRAConfig, num_layers: int) -> list[str]:
+def projections(config: LoRAConfig, args: Namespace) -> list[str]:
     """Hugging Face leaves that an adapter touches, in the table's order: what SGLang must make room for."""
     from slime_plugins.lora.targets import Targets
 
+    mla = getattr(args, "multi_latent_attention", False)
     targets = Targets(config.target_modules, config.exclude_modules)
     found = {}
-    for path in DENSE:
-        for layer in range(num_layers):
+    for path in LINEARS:
+        if (path in MLA and not mla) or (path == "self_attention.linear_qkv" and mla):
+            continue
+        for layer in range(args.num_layers):
             name = f"decoder.layers.{layer}.{path}"
             for part in targets.parts_of(name):
                 found[hf_names(name)[part].rsplit(".", 1)[-1]] = None
@@ -255,4 +264,4 @@ def _adapt(chunks: list, args: Namespace, role: str) -> None:
             if getattr(chunk, "post_process", False):
                 chunk.output_layer.requires_grad_(True)
     if dist.get_rank() == 0:
-        logger.info("%s on the %s", report, role)
+        logger.info("LoRA on the %s: %s", role, report)
