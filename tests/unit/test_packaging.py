@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 
@@ -98,3 +99,13 @@ def test_drop_in_copy_runs_inside_a_checkout(tmp_path):
     shutil.copytree(ROOT / "slime_plugins" / "lora", tmp_path / "slime_plugins" / "lora")
     done = python("-S", "-m", "slime_plugins.lora", "--version", cwd=tmp_path)  # -S: without any site-packages
     assert (done.stdout, done.returncode) == (f"slime-lora {__version__}\n", 0), done.stderr
+
+
+def test_pytest_looks_into_every_folder_that_has_tests(request):
+    """pytest passes over ``dist`` by default, in silence: a suite that never runs looks like one that passes."""
+    folders = {part for file in (ROOT / "tests").rglob("test_*.py") for part in file.relative_to(ROOT).parts[:-1]}
+    skipped = [
+        name for name in folders for pattern in request.config.getini("norecursedirs") if fnmatch(name, pattern)
+    ]
+    assert {"unit", "dist"} <= folders
+    assert skipped == []

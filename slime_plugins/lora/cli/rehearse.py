@@ -8,7 +8,6 @@ import warnings
 
 from slime_plugins.lora.arguments import add_lora_arguments, validate_lora_args
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.rehearsal.preflight import prepare
 from slime_plugins.lora.rehearsal.settings import Settings
 from slime_plugins.lora.rehearsal.task import REWARDS
 
@@ -102,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
         validate_lora_args(args)
     for warning in caught:
         print(f"slime-lora: warning: {warning.message}", file=sys.stderr)
+    from slime_plugins.lora.rehearsal.preflight import prepare
+
     settings = prepare(Settings.from_args(args))
     from slime_plugins.lora.rehearsal.run import rehearse
 
