@@ -36,10 +36,14 @@ def samples():
 
 
 def train(layout: Layout, settings, start_dir, end_dir):
+    from adapted import randomize
+
     from slime_plugins.lora.rehearsal.trainer import RankTrainer
 
     trainer = RankTrainer()
     trainer.build(settings)
+    randomize(trainer.chunks)  # with B zero, a reference that has the adapters on would be the right one
+    trainer.optimizer.reload_model_params()
     trainer.export(str(start_dir))
     prompts, responses = samples()
     metrics = trainer.train(make_batch(prompts, responses, ADVANTAGES, multiple=layout.tp))
@@ -115,13 +119,12 @@ def test_train_equals_oracle(pool2, base, tmp_path, layout, flags):
     settings = settings.resolved()
     results = [m for m in pool2.run(train, settings, tmp_path / "a", tmp_path / "b", **layout) if m is not None]
     expected, steps, tensors = oracle(base, tmp_path / "a")
-    assert steps[0][2] == pytest.approx(0, abs=1e-7), "zero adapter: policy and reference agree"
-    assert steps[1][2] > 0.01, "the second step must be far enough away to mean something"
-    assert steps[1][3] > 0.1, "and clipped in places"
+    assert min(steps[0][2], steps[1][2]) > 0.001, "policy and reference must differ enough to mean something"
+    assert steps[0][3] == 0, "the first step is on-policy"
+    assert steps[1][3] > 0.1, "the second is clipped in places"
     # Data-parallel ranks report their own samples; the driver averages.
     metrics = {name: sum(m[name] for m in results) / len(results) for name in expected}
-    assert all(m["kl"] == 0.0 for m in results)
-    for name in ("loss", "policy_loss", "clip_fraction", "grad_norm"):
+    for name in expected:
         assert metrics[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
     trained = load_file(tmp_path / "b" / "adapter_model.safetensors")
     assert trained.keys() == tensors.keys()
