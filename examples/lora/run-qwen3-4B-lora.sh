@@ -5,7 +5,7 @@
 # Then:                         SLIME_DIR=/root/slime bash examples/lora/run-qwen3-4B-lora.sh
 #
 # Expected in the log before the first step:
-#   LoRA
+#   LoRA on the actor: LoRA
 #     module       projections             rank  layers  parameters
 #     linear_qkv   q_proj, k_proj, v_proj  32    36      10,027,008
 #     linear_proj  o_proj                  32    36      7,667,712

@@ -1,11 +1,14 @@
-"""The launch scripts, run for real against stand-ins for ray and slime: what would be submitted is parsed.
+"""The launch scripts, run for real against stand-ins for ray and slime; commands, code and names in README and docs.
 
 Run: pytest tests/unit/test_examples.py
 """
 
 import argparse
+import ast
+import importlib
 import os
 import re
+import shlex
 import subprocess
 import warnings
 from pathlib import Path
@@ -13,8 +16,10 @@ from pathlib import Path
 import pytest
 
 from slime_plugins.lora.arguments import add_lora_arguments, config_from_args, validate_lora_args
+from slime_plugins.lora.cli import _build_parser
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "lora"
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples" / "lora"
 SCRIPTS = sorted(EXAMPLES.glob("*.sh"))
 STAND_INS = {
     # One argument per line, a blank line after each call.
@@ -100,3 +105,55 @@ def test_every_block_of_the_qwen3_4B_script_reaches_the_job(submitted):
     args, _ = parser_with_lr().parse_known_args(job)
     assert config_from_args(args).target_modules == ("all-linear",)
     assert 1e-5 <= args.lr <= 1e-4
+
+
+# README and docs -----------------------------------------------------------------------------------------------------
+
+DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+def code_blocks(file: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", file.read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize("file", DOCS, ids=lambda f: f.name)
+def test_links_lead_somewhere(file):
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", file.read_text())
+    assert [target for target in targets if not (file.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("file", DOCS, ids=lambda f: f.name)
+def test_make_targets_exist(file):
+    named = set(re.findall(r"(?:^|`)make ([a-z][a-z-]*)", file.read_text(), re.M))
+    assert named <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+
+
+@pytest.mark.parametrize("file", DOCS, ids=lambda f: f.name)
+def test_commands_are_understood(file):
+    """Command lines of slime-lora, in blocks and in backquotes, by the real parser."""
+    text = file.read_text().replace("\\\n", " ")
+    commands = re.findall(r"^\$? *(slime-lora .*)$", text, re.M)
+    commands += [named for named in re.findall(r"`(slime-lora [^`]*)`", text) if " --" in named]  # not a verb's name
+    for command in commands:
+        if not re.search(r"VERB|--help|[\[<]|\.\.\.", command):  # not a synopsis
+            words = shlex.split(command.partition(" | ")[0], comments=True)
+            _build_parser().parse_args(words[1:])
+
+
+@pytest.mark.parametrize("file", DOCS, ids=lambda f: f.name)
+def test_python_is_python_and_imports_what_is_there(file):
+    for block in code_blocks(file, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("slime_plugins"):
+                module = importlib.import_module(node.module)
+                # __all__ where there is one: reading an attribute of the package may import Megatron.
+                names = getattr(module, "__all__", None) or dir(module)
+                assert {alias.name for alias in node.names} <= set(names)
+
+
+@pytest.mark.parametrize("file", DOCS, ids=lambda f: f.name)
+def test_files_that_are_named_exist(file):
+    """`tests/dist/test_parity.py` in backquotes, relative to the root; in the design's table, to tests/."""
+    named = re.findall(r"`((?:tests|bench|examples|unit|dist|e2e)/[\w./*-]+\.\w+)`", file.read_text())
+    missing = [name for name in named if not (list(ROOT.glob(name)) or list((ROOT / "tests").glob(name)))]
+    assert missing == []
