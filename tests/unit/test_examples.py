@@ -130,14 +130,15 @@ def test_make_targets_exist(file):
 
 @pytest.mark.parametrize("file", DOCS, ids=lambda f: f.name)
 def test_commands_are_understood(file):
-    """Command lines of slime-lora, in blocks and in backquotes, by the real parser."""
+    """Command lines in blocks parse; verbs and flags that a sentence names in backquotes exist."""
     text = file.read_text().replace("\\\n", " ")
-    commands = re.findall(r"^\$? *(slime-lora .*)$", text, re.M)
-    commands += [named for named in re.findall(r"`(slime-lora [^`]*)`", text) if " --" in named]  # not a verb's name
-    for command in commands:
+    for command in re.findall(r"^\$? *(slime-lora .*)$", text, re.M):
         if not re.search(r"VERB|--help|[\[<]|\.\.\.", command):  # not a synopsis
             words = shlex.split(command.partition(" | ")[0], comments=True)
             _build_parser().parse_args(words[1:])
+    verbs = _build_parser()._subparsers._group_actions[0].choices
+    for verb, rest in re.findall(r"`slime-lora ([a-z][a-z-]*)([^`]*)`", text):
+        assert set(re.findall(r"--[a-z-]+", rest)) <= verbs[verb]._option_string_actions.keys()
 
 
 @pytest.mark.parametrize("file", DOCS, ids=lambda f: f.name)
