@@ -70,7 +70,7 @@ class Run:
         """Steps on batches that depend on the step's number alone. Returns losses, on every rank."""
         losses = []
         for step in range(first, first + count):
-            tokens = torch.randint(4, 128, (4, 17), generator=torch.Generator().manual_seed(step))
+            tokens = torch.randint(4, 128, (8, 17), generator=torch.Generator().manual_seed(step))
             loss, _ = adapted.train_step(self.model, self.optimizer, tokens, microbatches=2)
             self.scheduler.step(1)
             total = torch.zeros(2, dtype=torch.float64)
@@ -80,22 +80,26 @@ class Run:
             losses.append((total[0] / total[1]).item())
         return losses
 
+    @torch.no_grad()
     def state(self) -> dict[str, torch.Tensor] | None:
         """Adapters, masters and moments whole, by projection, on rank 0. Shares no code with the checkpoint."""
         found = whole(self.model)
-        params = [p for linear in iter_adapters(self.model) for p in (linear.lora_A, linear.lora_B)]
-        weights = {p: p.detach().clone() for p in params}
-        states = list(states_of(self.optimizer))  # every rank must make the same number of calls to ``whole``
-        names = [None] * dist.get_world_size()
-        dist.all_gather_object(names, sorted({name for _, values in states for name in values}))
+        weights = {
+            p: p.detach().clone() for linear in iter_adapters(self.model) for p in (linear.lora_A, linear.lora_B)
+        }
+        states = {p: {k: v.detach().clone() for k, v in values.items()} for p, values in states_of(self.optimizer)}
+        names = [None] * dist.get_world_size()  # every rank must make the same number of calls to ``whole``
+        dist.all_gather_object(names, sorted({name for values in states.values() for name in values}))
         for name in sorted({n for part in names for n in part}):
-            values = {p: v[name] for p, v in states}
-            for p in params:
-                p.data = values[p].clone()
+            for p in weights:
+                # In float32 for the gathering; the parameter itself must stay where the optimizer knows it.
+                bits, p.data = p.data, states[p][name].float()
+                states[p]["bits"] = bits
             part = whole(self.model)
+            for p in weights:
+                p.data = states[p]["bits"]
             found |= {f"{name} {key}": value for key, value in part.items()}
-        for p in params:
-            p.data = weights[p]
+        assert all(torch.equal(p, weights[p]) for p in weights)
         return found if dist.get_rank() == 0 else None
 
 

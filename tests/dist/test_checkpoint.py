@@ -52,6 +52,7 @@ def check(pools, saved, hf_dir, target, sources, config, **kwargs):
     results = pools(target).run(runs.resume_runs, hf_dir, config, paths, kwargs, **LAYOUTS[target][1])[0]
     for source, (_, (state, losses, last)), (found, new_losses, new_last) in zip(sources, made, results):
         assert found.keys() == state.keys()
+        assert runs.digest(last) != runs.digest(state)  # the run goes on
         different = [key for key in state if not torch.equal(found[key], state[key])]
         assert not different, (source, target, different[:3])
         if source == target:

@@ -196,7 +196,7 @@ def manifest(**changes):
     fields = {
         "step": 3,
         "config": LoRAConfig(rank=4, alpha=2.5, rank_pattern={"linear_fc1": 2}),
-        "adapters": {"decoder.layers.0.mlp.linear_fc1": Adapter(("gate_proj", "up_proj"), (2, 2), (1.5, 1.5), "fused")},
+        "adapters": {"decoder.layers.0.mlp.linear_fc1": Adapter(("up_proj",), (2,), (1.5,), "fused")},
         "base": {"architecture": {}, "dtype": "bfloat16", "layers": {}},
         "optimizer": {"states": ["exp_avg"], "scalars": {"step": 3.0}},
         "parallelism": {"world": 2, "tp": 2},

@@ -15,9 +15,10 @@ from slime_plugins.lora.checkpoint import base, directory, rng
 from slime_plugins.lora.checkpoint.collective import all_gather, everywhere, on_rank_0, rank
 from slime_plugins.lora.checkpoint.manifest import Manifest, adapter_differences
 from slime_plugins.lora.checkpoint.model import Slot, adapters_of, fingerprint_of_model, parallelism, slots_of
-from slime_plugins.lora.checkpoint.optimizer import MASTER, OptimizerState
+from slime_plugins.lora.checkpoint.optimizer import MASTER, OptimizerState, stored_states
 from slime_plugins.lora.checkpoint.save import COMMON, finish_pending
 from slime_plugins.lora.checkpoint.storage import TensorReader
+from slime_plugins.lora.layers.sharding import Piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +67,7 @@ def load_adapter(
     state = everywhere(lambda: OptimizerState(optimizer))
     wants_state = optimizer is not None and not fresh_optimizer
     everywhere(lambda: _check_optimizer(state, slots, manifest, reader, wants_state, optimizer is not None))
-    states = manifest.optimizer["states"] if wants_state else []
-    weights, moments = everywhere(lambda: _read(slots, reader, states))
+    weights, states = everywhere(lambda: _read(slots, manifest, reader, wants_state))
     common = everywhere(lambda: torch.load(found / COMMON, weights_only=True))
     if scheduler is not None:
         everywhere(lambda: _load_scheduler(scheduler, common["scheduler"], found))
@@ -78,7 +78,7 @@ def load_adapter(
     if optimizer is not None:
         state.restart()
     if wants_state:
-        state.restore(states, manifest.optimizer["scalars"], lambda p, name: _state(p, name, weights, moments))
+        state.restore(manifest.optimizer["states"], manifest.optimizer["scalars"], lambda p, name: states[p][name])
     same = parallelism() == manifest.parallelism
     if restore_rng and same:
         rng.set_local_state(rng.unpack(common["rng"], rank()))
@@ -133,40 +133,36 @@ def _shape_differences(reader: TensorReader, extents: Mapping[str, tuple]) -> li
 def _check_optimizer(
     state: OptimizerState, slots: list[Slot], manifest: Manifest, reader: TensorReader, wanted: bool, given: bool
 ) -> None:
-    adapters = {slot.parameter for slot in slots}
-    if given and adapters - state.parameters():
-        count = len(adapters - state.parameters())
-        raise ValueError(
-            f"the optimizer does not train {count} of {len(adapters)} adapter parameters: "
-            "it was made for another model, or before apply_lora"
-        )
+    if given:
+        state.check_trains({slot.parameter for slot in slots})
     if wanted and manifest.optimizer is None:
         raise ValueError(f"{reader.directory} holds no optimizer state; load with fresh_optimizer=True to start anew")
     for slot in slots if wanted else ():
         for piece in slot.pieces:
-            for name in manifest.optimizer["states"]:
-                entry = reader.index.get(slot.key(piece, name))
-                if (entry is None and name != MASTER) or (entry and tuple(entry.shape) != slot.extent(piece)[0]):
-                    raise ValueError(f"{reader.directory}: optimizer state {slot.key(piece, name)} is missing")
+            count = len(_stored(slot, piece, manifest, reader))
+            entry = reader.index.get(slot.state_key(piece))
+            if count and (entry is None or tuple(entry.shape) != (count, *slot.extent(piece)[0])):
+                raise ValueError(f"{reader.directory}: {slot.state_key(piece)} is missing or of another shape")
 
 
-def _read(slots: list[Slot], reader: TensorReader, states: list[str]):
-    weights, moments = {}, {}
+def _stored(slot: Slot, piece: Piece, manifest: Manifest, reader: TensorReader) -> list[str]:
+    """Optimizer states that the checkpoint holds of one piece."""
+    return stored_states(manifest.optimizer["states"], getattr(torch, reader.index[slot.key(piece)].dtype))
+
+
+def _read(slots: list[Slot], manifest: Manifest, reader: TensorReader, wanted: bool):
+    """Weights by parameter, and optimizer states by parameter and name, in the checkpoint's dtypes."""
+    weights, states = {}, {}
     for slot in slots:
-        weights[slot.parameter] = slot.read(reader.read)
-        for name in states:
-            if slot.key(slot.pieces[0], name) in reader.index:  # float32 parameters have no master beside them
-                moments[slot.parameter, name] = slot.read(reader.read, name)
-    for tensor in [*weights.values(), *moments.values()]:
+        weights[slot.parameter] = slot.read_weight(reader)
+        if wanted:
+            names = _stored(slot, slot.pieces[0], manifest, reader)
+            states[slot.parameter] = dict(zip(names, slot.read_states(reader, len(names)) if names else ()))
+            states[slot.parameter].setdefault(MASTER, weights[slot.parameter])
+    for tensor in [*weights.values(), *(t for found in states.values() for t in found.values())]:
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{reader.directory} holds values that are not finite")
-    return weights, moments
-
-
-def _state(parameter, name: str, weights, moments) -> torch.Tensor:
-    if name == MASTER and (parameter, name) not in moments:
-        return weights[parameter]
-    return moments[parameter, name]
+    return weights, states
 
 
 def _load_scheduler(scheduler, state: Mapping[str, Any] | None, path: Path) -> None:

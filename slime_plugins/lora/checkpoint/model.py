@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from megatron.core.utils import get_model_config
 from slime_plugins.lora.adapters import iter_adapters
 from slime_plugins.lora.checkpoint import base
 from slime_plugins.lora.checkpoint.manifest import Adapter
-from slime_plugins.lora.checkpoint.storage import Shard
+from slime_plugins.lora.checkpoint.storage import Shard, TensorReader
 from slime_plugins.lora.layers.sharding import Piece, Placement, pieces_of, placement_of
 
 _LAYER = re.compile(r"(?:module\.)*decoder\.layers\.\d+")
@@ -31,10 +31,13 @@ class Slot:
     pieces: tuple[Piece, ...]
     place: Placement
 
-    def key(self, piece: Piece, state: str | None = None) -> str:
-        """Of the weight, or of one optimizer state (named as Megatron names them)."""
-        key = f"{self.linear}.{piece.key}"
-        return key if state is None else f"optimizer.state.{state}.{key}"
+    def key(self, piece: Piece) -> str:
+        """Of the weight."""
+        return f"{self.linear}.{piece.key}"
+
+    def state_key(self, piece: Piece) -> str:
+        """Of the optimizer's states: one tensor [states, ...], as every record costs 1.6 kB of header."""
+        return f"optimizer.state.{self.key(piece)}"
 
     def extent(self, piece: Piece) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Shape of the whole tensor, and offset and shape of this rank's part."""
@@ -45,23 +48,40 @@ class Slot:
             offset[piece.sharded_dim] = self.place.shard * local[piece.sharded_dim]
         return tuple(whole), tuple(offset), local
 
-    def shards(self, tensor: torch.Tensor, state: str | None = None) -> Iterator[Shard]:
-        """What this rank writes of a tensor of the parameter's shape. Copies to the CPU."""
+    def shards(self, states: Sequence[torch.Tensor]) -> Iterator[Shard]:
+        """What this rank writes: the weight, and optimizer states of the parameter's shape. Copies to the CPU."""
         for piece in self.pieces:
-            if self.place.writes(piece):
-                whole, offset, _ = self.extent(piece)
-                data = piece.take(tensor.detach()).to("cpu", copy=True, memory_format=torch.contiguous_format)
-                yield Shard(self.key(piece, state), data, whole, offset)
+            if not self.place.writes(piece):
+                continue
+            whole, offset, _ = self.extent(piece)
+            weight = piece.take(self.parameter.detach())
+            weight = weight.to("cpu", copy=True, memory_format=torch.contiguous_format)
+            yield Shard(self.key(piece), weight, whole, offset)
+            if states:
+                stacked = torch.stack([piece.take(state).float() for state in states]).cpu()
+                yield Shard(self.state_key(piece), stacked, (len(states), *whole), (0, *offset))
 
-    def read(self, read: Callable[..., torch.Tensor], state: str | None = None) -> torch.Tensor:
-        """A tensor of the parameter's shape out of the checkpoint, on the CPU, in the checkpoint's dtype."""
-        result = None
+    def read_weight(self, reader: TensorReader) -> torch.Tensor:
+        """The parameter's value out of a checkpoint, on the CPU, in the checkpoint's dtype."""
+        parts = []
         for piece in self.pieces:
             _, offset, local = self.extent(piece)
-            value = read(self.key(piece, state), offset, local)
-            result = value.new_empty(self.parameter.shape) if result is None else result
-            piece.put(result, value)
-        return result
+            parts.append(reader.read(self.key(piece), offset, local))
+        return self._joined(parts)
+
+    def read_states(self, reader: TensorReader, count: int) -> list[torch.Tensor]:
+        """The ``count`` optimizer states, each of the parameter's shape, float32 on the CPU."""
+        parts = []
+        for piece in self.pieces:
+            _, offset, local = self.extent(piece)
+            parts.append(reader.read(self.state_key(piece), (0, *offset), (count, *local)))
+        return [self._joined([part[i] for part in parts]) for i in range(count)]
+
+    def _joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        tensor = parts[0].new_empty(self.parameter.shape)
+        for piece, part in zip(self.pieces, parts, strict=True):
+            piece.put(tensor, part)
+        return tensor
 
 
 def slots_of(model) -> list[Slot]:

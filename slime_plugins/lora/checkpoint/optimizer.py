@@ -10,7 +10,7 @@ the optimizer before anything has been checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,11 @@ from slime_plugins.lora.checkpoint.collective import all_gather
 MASTER = "param"
 """The float32 copy of a 16-bit parameter, under Megatron's name for it."""
 _SCALARS = ("step",)
+
+
+def stored_states(names: Sequence[str], dtype: torch.dtype) -> list[str]:
+    """State names of a parameter of ``dtype`` in a checkpoint's order: a float32 one is its own master."""
+    return [name for name in names if name != MASTER or dtype != torch.float32]
 
 
 class OptimizerState:
@@ -39,13 +44,24 @@ class OptimizerState:
         """Every model parameter that it trains on this rank, or of which another rank owns a part."""
         return {parameter for inner in self.inner for parameter in _parameters(inner)}
 
-    def gather(self) -> tuple[dict[torch.nn.Parameter, dict[str, torch.Tensor]], dict[str, Any]]:
-        """State name -> float32 tensor of the parameter's shape, for every parameter; and the scalars.
+    def check_trains(self, adapters: set[torch.nn.Parameter]) -> None:
+        """Raise ValueError unless it trains these parameters of this rank and no others."""
+        known = self.parameters()
+        if adapters - known:
+            raise ValueError(
+                f"the optimizer does not train {len(adapters - known)} of {len(adapters)} adapter parameters: "
+                "it was made for another model, or before apply_lora"
+            )
+        if known - adapters:
+            raise ValueError(f"the optimizer trains {len(known - adapters)} parameters that belong to no adapter")
+
+    def gather(self) -> tuple[dict[torch.nn.Parameter, dict[str, torch.Tensor]], dict[str, Any], list[str]]:
+        """For every parameter, state name -> tensor of its shape; the scalars; all state names, equal on every rank.
 
         Masters of float32 parameters are left out: they are the parameters.
 
         Collectives:
-            one all_reduce per state name over each data-parallel group, two all_gather_object.
+            one all_reduce per state name over each data-parallel group, some all_gather_object.
         Raises:
             ValueError: parameters disagree about a scalar.
         """
@@ -66,7 +82,8 @@ class OptimizerState:
             tensors.update(_gather_distributed(inner) if _is_distributed(inner) else _copies(inner))
         values = {name: values.pop() for name, values in scalars.items() if values}
         scalers = [s.state_dict() for s in (getattr(inner, "grad_scaler", None) for inner in self.inner) if s]
-        return tensors, values | ({"grad_scaler": scalers[0]} if scalers else {})
+        names = all_gather({name for found in tensors.values() for name in found})
+        return tensors, values | ({"grad_scaler": scalers[0]} if scalers else {}), sorted(set().union(*names))
 
     def restart(self) -> None:
         """Forget the moments and start the masters from the model's parameters."""
@@ -82,16 +99,15 @@ class OptimizerState:
 
     def restore(
         self,
-        states: Iterable[str],
+        states: Sequence[str],
         scalars: Mapping[str, Any],
         tensor_of: Callable[[torch.nn.Parameter, str], torch.Tensor],
     ) -> None:
         """Write masters and moments. ``tensor_of`` gives a CPU tensor of the parameter's shape; MASTER always."""
-        states = [name for name in states if name != MASTER]
+        names = {MASTER, *states}
         for inner in self.inner:
             for parameter, main, part in _owned(inner):
-                values = {name: part(tensor_of(parameter, name)) for name in (MASTER, *states)}
-                _set(inner, main, values)
+                _set(inner, main, {name: part(tensor_of(parameter, name)) for name in names})
             if "step" in scalars:
                 _set_step(inner, scalars["step"])
             if scalars.get("grad_scaler") and getattr(inner, "grad_scaler", None):

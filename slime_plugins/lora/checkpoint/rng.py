@@ -17,8 +17,8 @@ def local_state() -> dict[str, Any]:
     version, words, gauss = random.getstate()
     kind, key, position, has_gauss, cached = numpy.random.get_state()
     state = {
-        "python": (version, torch.tensor(words, dtype=torch.int64), gauss),
-        "numpy": (str(kind), torch.from_numpy(key.astype("int64")), int(position), int(has_gauss), float(cached)),
+        "python": (version, _words(numpy.array(words, dtype="uint32")), gauss),
+        "numpy": (str(kind), _words(key), int(position), int(has_gauss), float(cached)),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -28,12 +28,17 @@ def local_state() -> dict[str, Any]:
     return state
 
 
+def _words(words: numpy.ndarray) -> torch.Tensor:
+    """uint32, as the int32 of the same bits: torch has no arithmetic for the former, and older ones do not load it."""
+    return torch.from_numpy(words.view("int32").copy())
+
+
 def set_local_state(state: dict[str, Any]) -> None:
     """The inverse of ``local_state``."""
     version, words, gauss = state["python"]
-    random.setstate((version, tuple(words.tolist()), gauss))
+    random.setstate((version, tuple(words.numpy().view("uint32").tolist()), gauss))
     kind, key, position, has_gauss, cached = state["numpy"]
-    numpy.random.set_state((kind, key.numpy().astype("uint32"), position, has_gauss, cached))
+    numpy.random.set_state((kind, key.numpy().view("uint32"), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
     if "device" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["device"])

@@ -6,7 +6,7 @@ import io
 import os
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from slime_plugins.lora.checkpoint.model import (
     slots_of,
     trained_base,
 )
-from slime_plugins.lora.checkpoint.optimizer import OptimizerState
+from slime_plugins.lora.checkpoint.optimizer import OptimizerState, stored_states
 
 COMMON = "common.pt"
 """Scheduler, random states and optimizer scalars, under Megatron's name for what is not sharded."""
@@ -87,14 +87,10 @@ def save_adapter(
     config, state = config_of(model), everywhere(lambda: OptimizerState(optimizer))
     slots = slots_of(model)
     everywhere(lambda: _check(model, slots, state if optimizer is not None else None))
-    tensors, scalars = state.gather()
-    shards = [shard for slot in slots for shard in slot.shards(slot.parameter)]
-    for slot in slots:
-        for name, tensor in tensors.get(slot.parameter, {}).items():
-            shards += slot.shards(tensor, name)
+    tensors, scalars, names = state.gather()
+    shards = [shard for slot in slots for shard in slot.shards(_states(slot, tensors, names))]
     everywhere(lambda: _check_finite(slots, shards))
     common = _common(step, scheduler, scalars)
-    names = sorted({name for state in all_gather({n for t in tensors.values() for n in t}) for name in state})
     adapters: dict[str, Any] = {}
     for part in all_gather(adapters_of(model)):
         adapters.update(part)
@@ -179,6 +175,10 @@ def _complete(writer: _Writer, common: bytes | None, manifest: Manifest) -> None
     on_rank_0(publish)
 
 
+def _states(slot: Slot, tensors: Mapping, names: Sequence[str]) -> list[torch.Tensor]:
+    return [tensors[slot.parameter][name] for name in stored_states(names, slot.parameter.dtype)] if names else []
+
+
 def _check(model, slots, state: OptimizerState | None) -> None:
     trained = trained_base(model)
     if trained:
@@ -186,13 +186,8 @@ def _check(model, slots, state: OptimizerState | None) -> None:
             f"{len(trained)} parameters of the base train too ({trained[0]}): a checkpoint of the adapters alone "
             "would lose them; train with --lora-only-trainable, or save the whole model"
         )
-    if state is None:
-        return
-    known, adapters = state.parameters(), {slot.parameter for slot in slots}
-    if adapters - known:
-        raise ValueError(f"the optimizer does not train {len(adapters - known)} of {len(adapters)} adapter parameters")
-    if known - adapters:
-        raise ValueError(f"the optimizer trains {len(known - adapters)} parameters that belong to no adapter")
+    if state is not None:
+        state.check_trains({slot.parameter for slot in slots})
 
 
 def _check_finite(slots: list[Slot], shards: list[storage.Shard]) -> None:

@@ -151,7 +151,8 @@ def finish(directory: Path, written: Sequence[tuple[list, dict[str, Entry]]]) ->
         }
     )
     FileSystemWriter(directory, sync_files=True).finish(metadata, [results for results, _ in written])
-    (directory / INDEX).write_text(json.dumps({key: asdict(entry) for key, entry in index.items()}, indent=1) + "\n")
+    lines = (f"{json.dumps(key)}: {json.dumps(asdict(entry))}" for key, entry in sorted(index.items()))
+    (directory / INDEX).write_text("{\n" + ",\n".join(lines) + "\n}\n")  # a line per tensor: small, and readable
     (directory / BACKEND).write_text(json.dumps(_BACKEND_JSON))
     return index
 
