@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from slime_plugins.lora.adapters import iter_adapters
+from slime_plugins.lora.adapters import iter_linears
 from slime_plugins.lora.hf.export import _gather_tp
-from slime_plugins.lora.layers import LoRALinear
+from slime_plugins.lora.layers import LoRALinear, OneExpert
 from slime_plugins.lora.names import hf_names
 from slime_plugins.lora.slime.policies import _any_rank, same_base
 
@@ -26,7 +26,7 @@ def refuse_other_base(model, hf_checkpoint: str) -> None:
     """
     if same_base(hf_checkpoint, None, model):
         return
-    linears = list(iter_adapters(model))
+    linears = list(iter_linears(model))
     wrong = [name for linear in linears[:1] + linears[-1:] for name in _differing(linear, Path(hf_checkpoint))]
     if _any_rank(bool(wrong)):
         named = f" ({', '.join(wrong)} differ)" if wrong else ""
@@ -36,7 +36,7 @@ def refuse_other_base(model, hf_checkpoint: str) -> None:
         )
 
 
-def _differing(linear: LoRALinear, checkpoint: Path) -> list[str]:
+def _differing(linear: LoRALinear | OneExpert, checkpoint: Path) -> list[str]:
     """Projections of one linear that are not, bit for bit after the cast, what the checkpoint has."""
     names = hf_names(linear.lora.name)
     wrong = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import os
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.slime.edits import MissingSeamError, insert, is_ours, strip
+from slime_plugins.lora.slime.edits import MissingSeamError, insert, is_ours, parse, strip
 from slime_plugins.lora.slime.seams import SEAMS, Seam
 
 PLUGIN = Path("slime_plugins") / "lora"
@@ -204,7 +203,7 @@ def _reason_against(root: Path, path: str, edit, sources: dict[str, str]) -> str
         except UnicodeDecodeError:
             return "not UTF-8"
     try:
-        edit.place(ast.parse(sources[path]))
+        edit.place(parse(sources[path]))
         insert(sources[path], [edit])
     except SyntaxError as error:
         return f"not Python: {error}"

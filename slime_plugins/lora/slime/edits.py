@@ -7,6 +7,7 @@ byte, whatever else has been changed in it meanwhile.
 from __future__ import annotations
 
 import ast
+import warnings
 from dataclasses import dataclass
 
 MARK = "# [slime-lora]"
@@ -156,7 +157,7 @@ def insert(source: str, edits) -> str:
     Raises:
         MissingSeamError: naming what was looked for; SyntaxError: the file is no Python.
     """
-    tree = ast.parse(source)
+    tree = parse(source)
     insertions = [_import(tree), *(edit.place(tree) for edit in edits)]
     lines = source.splitlines(keepends=True)
     newline = "\r\n" if lines and lines[0].endswith("\r\n") else "\n"
@@ -167,8 +168,15 @@ def insert(source: str, edits) -> str:
         text = f"{' ' * insertion.column}{insertion.text}  {MARK}{newline}"
         lines.insert(insertion.line, text)
     result = "".join(lines)
-    ast.parse(result)
+    parse(result)
     return result
+
+
+def parse(source: str) -> ast.Module:
+    """The syntax tree; what Python has to say about slime's string escapes is not the user's business."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(source)
 
 
 def strip(source: str) -> str:

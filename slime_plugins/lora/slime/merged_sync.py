@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from slime_plugins.lora.adapters import iter_adapters
-from slime_plugins.lora.layers import LoRALinear
+from slime_plugins.lora.adapters import iter_linears
+from slime_plugins.lora.layers import LoRALinear, OneExpert
 from slime_plugins.lora.slime.policies import Policies, has_adapters, is_adapter
 
 
@@ -26,7 +26,7 @@ class Sync:
     """One weight sync: what is sent merged, and what it came to on this rank."""
 
     policies: Policies | None
-    linears: dict[int, LoRALinear]
+    linears: dict[int, LoRALinear | OneExpert]
     """Adapted linears by ``id`` of their base weight."""
     bytes: float = 0.0
     """This rank's share of what one engine receives."""
@@ -78,11 +78,13 @@ def sending(model, policies: Policies | None = None) -> Iterator[Sync]:
     """Inside, slime's gathering functions return merged weights for adapted linears."""
     global _current
     before, start = _current, time.perf_counter()
-    _current = Sync(policies, {id(linear.weight): linear for linear in iter_adapters(model)})
+    _current = Sync(policies, {id(linear.weight): linear for linear in iter_linears(model)})
     try:
         yield _current
     finally:
         sync, _current = _current, before
+        if policies is not None:
+            policies.forget_values()
         sync.seconds = time.perf_counter() - start
 
 
@@ -110,7 +112,11 @@ def merging_one(all_gather_param):
             merged.__dict__.update(param.__dict__)  # tensor_model_parallel, partition_dim, parallel_mode
             param = merged
         full = all_gather_param(name, param)
-        _current.bytes += full.numel() * full.element_size()
+        from megatron.core import mpu
+
+        # slime goes on to gather experts over expert-parallel ranks.
+        ranks = mpu.get_expert_model_parallel_world_size() if ".experts." in name else 1
+        _current.bytes += full.numel() * full.element_size() * ranks
         return full
 
     return hooked
@@ -144,7 +150,7 @@ class MergedWeights(Mapping):
 
         self._live = dict(named_params_and_buffers(args, model, convert_to_global_name=True))
         self._policies = policies
-        self._linears = {id(linear.weight): linear for linear in iter_adapters(model)}
+        self._linears = {id(linear.weight): linear for linear in iter_linears(model)}
         self._offloaded = getattr(args, "offload_train", False)
 
     @classmethod
@@ -169,7 +175,7 @@ class MergedWeights(Mapping):
 
 
 @torch.no_grad()
-def merge(linear: LoRALinear, base: torch.Tensor, policies: Policies | None = None) -> torch.Tensor:
+def merge(linear: LoRALinear | OneExpert, base: torch.Tensor, policies: Policies | None = None) -> torch.Tensor:
     """W + scaling B A of this rank's shard: added in float32, rounded once, in new memory on the current device.
 
     Args:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from slime_plugins.lora.adapters import iter_adapters
 from slime_plugins.lora.layers import LoRALinear
+from slime_plugins.lora.layers.spec import base_weights
 from slime_plugins.lora.slime.policies import has_adapters
 
 SAMPLED = 8
@@ -47,75 +48,77 @@ def measure(model) -> dict[str, float]:
     """The numbers of the module's docstring, without ``train/lora/``.
 
     Collectives:
-        one all_reduce over each tensor-parallel group, two over the pipeline group.
+        one all_reduce over each tensor-parallel and expert-parallel group, two over the pipeline group.
     """
     from megatron.core import mpu
 
-    linears = list(iter_adapters(model))
-    updates = _sum_over_shards(linears, [update_square(linear) for linear in linears])
-    sampled = linears[:: max(1, -(-len(linears) // SAMPLED))]
-    bases = _base_squares(sampled)
-    ratios = [(updates[linears.index(linear)] / base).sqrt() for linear, base in zip(sampled, bases)]
-    sync = getattr(model[0], "lora_last_sync", None)
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-    lost = torch.tensor([sync.update, sync.lost] if sync else [0.0, 0.0], device=device)
-    _all_reduce(lost, mpu.get_tensor_model_parallel_group())
-    sums = torch.tensor(
-        [
-            sum(updates, torch.tensor(0.0)),
-            sum(ratios, torch.tensor(0.0)),
-            len(ratios),
-            sum(update == 0 for update in updates),
-            sync.bytes if sync else 0.0,
-            *lost.tolist(),
-        ],
-        dtype=torch.float64,
-        device=device,
-    )
+    linears = list(iter_adapters(model))
+    updates = _sum_over_shards(linears, [update_squares(linear) for linear in linears])
+    bases = _base_squares(linears[:: max(1, -(-len(linears) // SAMPLED))], device)
+    sums = torch.zeros(
+        2, 4, dtype=torch.float64, device=device
+    )  # dense and experts: update, ratios, their number, dead
+    for linear, update in zip(linears, updates):
+        row = sums[int(linear.lora.experts is not None)]
+        row[0] += update.sum()
+        row[3] += (update == 0).sum()
+        if linear in bases:
+            row[1] += (update / bases[linear]).sqrt().sum()
+            row[2] += update.numel()
+    _all_reduce(sums[1], mpu.get_expert_model_parallel_group())
+    sync = getattr(model[0], "lora_last_sync", None)
+    # Shards of one tensor-parallel group; in the last two a share of sums, for which experts need no exact weighing.
+    sent = torch.tensor([sync.update, sync.lost] if sync else [0.0, 0.0], dtype=torch.float64, device=device)
+    _all_reduce(sent, mpu.get_tensor_model_parallel_group())
+    size = torch.tensor([sync.bytes if sync else 0.0], dtype=torch.float64, device=device)
+    totals = torch.cat([sums.sum(0), sent, size])
     seconds = torch.tensor([sync.seconds if sync else 0.0], device=device)
-    _all_reduce(sums, mpu.get_pipeline_model_parallel_group())
+    _all_reduce(totals, mpu.get_pipeline_model_parallel_group())
     _all_reduce(seconds, mpu.get_pipeline_model_parallel_group(), dist.ReduceOp.MAX)
-    update, ratio, count, dead, size, sent, gone = sums.tolist()
-    measured = {"update_norm": update**0.5, "update_ratio": ratio / max(count, 1), "dead": dead}
+    update, ratios, count, dead, merged, lost, size = totals.tolist()
+    measured = {"update_norm": update**0.5, "update_ratio": ratios / max(count, 1), "dead": dead}
     if size:
         measured.update(sync_bytes=size, sync_seconds=seconds.item())
-        if sent:
-            measured["sync_lost"] = gone / sent
+    if merged:
+        measured["sync_lost"] = lost / merged
     return measured
 
 
-def update_square(linear: LoRALinear) -> torch.Tensor:
-    """Sum of squares of scaling B A on this rank, from rank-sized products: |BA|^2 = sum((B^T B) * (A A^T)).
+def update_squares(linear: LoRALinear) -> torch.Tensor:
+    """Sum of squares of scaling B A on this rank, [1] or [experts], from products of the rank's size.
 
-    One of A and B is sharded over tensor-parallel ranks, the other whole: the ranks' values add up.
+    |BA|^2 = sum((B^T B) * (A A^T)). One of A and B is sharded over tensor-parallel ranks, the other whole (or both
+    are): the ranks' values add up.
     """
-    A, B = linear.lora_A.float(), linear.lora_B.float()
-    total = torch.zeros((), device=A.device)
+    A, B = (p if p.ndim == 3 else p[None] for p in (linear.lora_A.float(), linear.lora_B.float()))
+    total = torch.zeros(A.shape[0], device=A.device)
     for block in linear.lora.blocks:
-        A_RI, B_OR = A[block.cols], B[block.rows]
-        total += block.scaling**2 * ((B_OR.t() @ B_OR) * (A_RI @ A_RI.t())).sum()
+        A_ERI, B_EOR = A[:, block.cols], B[:, block.rows]
+        total += block.scaling**2 * ((B_EOR.mT @ B_EOR) * (A_ERI @ A_ERI.mT)).sum((1, 2))
     return total.clamp_(min=0)
 
 
-def _base_squares(linears: list[LoRALinear]) -> list[torch.Tensor]:
+def _base_squares(linears: list[LoRALinear], device) -> dict[LoRALinear, torch.Tensor]:
     """Sum of squares of whole base weights; read once, for the base does not change."""
-    if linears and not hasattr(linears[0], "lora_base_square"):
-        squares = [linear.weight.float().square().sum() for linear in linears]
+    if linears and not hasattr(linears[0], "lora_base_squares"):
+        squares = [torch.stack([w.float().square().sum() for w in base_weights(linear)]) for linear in linears]
         for linear, square in zip(linears, _sum_over_shards(linears, squares)):
-            linear.lora_base_square = square
-    return [linear.lora_base_square for linear in linears]
+            linear.lora_base_squares = square.to(device)
+    return {linear: linear.lora_base_squares for linear in linears}
 
 
 def _sum_over_shards(linears: list[LoRALinear], values: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Add one number per linear over its tensor-parallel group; every rank of a group has the same linears."""
+    """Add vectors, one per linear, over its tensor-parallel group; every rank of a group has the same linears."""
     groups: dict[int, tuple] = {}
     for i, linear in enumerate(linears):
-        groups.setdefault(id(linear.lora_tp_group), (linear.lora_tp_group, []))[1].append(i)
+        if linear.lora_tp_size > 1:
+            groups.setdefault(id(linear.lora_tp_group), (linear.lora_tp_group, []))[1].append(i)
     summed = list(values)
     for group, members in groups.values():
-        stacked = torch.stack([values[i] for i in members])
-        _all_reduce(stacked, group)
-        for i, value in zip(members, stacked.cpu()):
+        flat = torch.cat([values[i] for i in members])
+        _all_reduce(flat, group)
+        for i, value in zip(members, flat.split([values[i].numel() for i in members])):
             summed[i] = value
     return summed
 

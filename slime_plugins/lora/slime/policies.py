@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from slime_plugins.lora.adapters import adapters_disabled, config_of, iter_adapters
-from slime_plugins.lora.layers import LoRALinear
+from slime_plugins.lora.layers import LoRALinear, OneExpert
 from slime_plugins.lora.slime.paths import step_dir
 
 logger = logging.getLogger(__name__)
@@ -95,6 +95,8 @@ class Policies:
         self._full: dict[str, dict[str, torch.Tensor]] = {}
         """Tag -> base parameters by name; also "base" itself, where a tag has other ones."""
         self._off = contextlib.ExitStack()
+        self._on_device: tuple | None = None
+        """The linear that ``adapter_values`` was asked for last, with its A and B."""
 
     @property
     def backup_tags(self) -> list[str]:
@@ -149,12 +151,20 @@ class Policies:
             raise ValueError(f"only the actor's weights are sent, not those of {tag!r}")
         return MergedWeights(self._args, self._model, self)
 
-    def adapter_values(self, linear: LoRALinear) -> contextlib.AbstractContextManager:
+    def adapter_values(self, linear: LoRALinear | OneExpert) -> contextlib.AbstractContextManager:
         """Inside, this linear's adapter is the actor's, also while slime has offloaded the trainer's memory."""
         if not getattr(self._args, "offload_train", False):
             return contextlib.nullcontext()
-        index = 2 * next(i for i, other in enumerate(self._linears) if other is linear)
-        return _values(linear, *self._adapters["actor"][index : index + 2])
+        owner = getattr(linear, "owner", linear)  # experts are stacked
+        if self._on_device is None or self._on_device[0] is not owner:
+            index = 2 * next(i for i, other in enumerate(self._linears) if other is owner)
+            device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+            self._on_device = owner, *(copy.to(device) for copy in self._adapters["actor"][index : index + 2])
+        return _values(*self._on_device)
+
+    def forget_values(self) -> None:
+        """Free what ``adapter_values`` has put on the device."""
+        self._on_device = None
 
     def use_base(self, tag: str) -> None:
         """Let a tag be the base with the adapters off."""
@@ -214,10 +224,9 @@ def is_adapter(name: str) -> bool:
 
 @contextlib.contextmanager
 def _values(linear: LoRALinear, A: torch.Tensor, B: torch.Tensor) -> Iterator[None]:
-    """Inside, the adapter's parameters lie in new memory with these values: what they pointed to is not touched."""
+    """Inside, the adapter's parameters are these tensors: the memory that they pointed to is not touched."""
     kept = linear.lora_A.data, linear.lora_B.data
-    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-    linear.lora_A.data, linear.lora_B.data = A.to(device), B.to(device)
+    linear.lora_A.data, linear.lora_B.data = A, B
     try:
         yield
     finally:
