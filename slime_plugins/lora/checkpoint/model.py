@@ -25,15 +25,13 @@ _LAYER = re.compile(r"(?:module\.)*decoder\.layers\.\d+")
 class Slot:
     """One adapter parameter of this rank, and where its pieces lie in the checkpoint's tensors."""
 
-    linear: str
-    """Global Megatron name."""
     parameter: torch.nn.Parameter
     pieces: tuple[Piece, ...]
     place: Placement
 
     def key(self, piece: Piece) -> str:
         """Of the weight."""
-        return f"{self.linear}.{piece.key}"
+        return f"{piece.linear}.{piece.key}"
 
     def state_key(self, piece: Piece) -> str:
         """Of the optimizer's states: one tensor [states, ...], as every record costs 1.6 kB of header."""
@@ -87,7 +85,7 @@ class Slot:
 def slots_of(model) -> list[Slot]:
     """Every adapter parameter of this rank, in model order."""
     return [
-        Slot(linear.lora.name, linear._parameters[name], pieces, placement_of(linear))
+        Slot(linear._parameters[name], pieces, placement_of(linear))
         for linear in iter_adapters(model)
         for name, pieces in pieces_of(linear).items()
     ]
@@ -95,7 +93,7 @@ def slots_of(model) -> list[Slot]:
 
 def adapters_of(model) -> dict[str, Adapter]:
     """This rank's adapters by name."""
-    return {linear.lora.name: Adapter.of(linear.lora) for linear in iter_adapters(model)}
+    return {one.lora.name: Adapter.of(one.lora) for linear in iter_adapters(model) for one in linear.lora_linears()}
 
 
 def trained_base(model) -> list[str]:
@@ -123,7 +121,7 @@ def fingerprint_of_model(model) -> dict[str, Any]:
     numbers = {chunk: _layer_numbers(chunk) for chunk in chunks}
     layers, sums, experts = [], [], []
     packed = torch.zeros(config.num_layers, 1, dtype=torch.int64)
-    dtype = config.params_dtype
+    dtype = None
     for chunk, name, parameter in _base_parameters(chunks):
         match = _LAYER.match(name)
         if match and parameter.dim() == 2:
@@ -132,7 +130,7 @@ def fingerprint_of_model(model) -> dict[str, Any]:
                 layers.append(layer)
                 sums.append(base.checksum(parameter))
                 experts.append(not getattr(parameter, "allreduce", True))
-                dtype = parameter.dtype
+                dtype = dtype or parameter.dtype
             else:
                 packed[layer] = 1
     totals = torch.zeros(config.num_layers, 2, dtype=torch.int64)
@@ -145,7 +143,7 @@ def fingerprint_of_model(model) -> dict[str, Any]:
         dist.all_reduce(totals)
     return {
         "architecture": base.architecture_of_model(config),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(dtype or config.params_dtype).removeprefix("torch."),
         "layers": {str(n): base.digits(row[:2]) for n, row in enumerate(totals.cpu()) if row[2] == 0},
     }
 

@@ -6,6 +6,8 @@ An adapter is the same tensors at every parallelism, whole and in Hugging Face r
     lora_A.q_proj     [rank, I]      an A of its own (layout split)
     lora_B.q_proj     [rows, rank]   one tensor per projection in either layout
 
+Stacked experts are taken apart: an expert's tensors are its own, under its number in the whole layer.
+
 Rows of a fused B must not be cut as they lie on a rank: a shard of [gate; up] is [gate_i; up_i], and laying such
 shards one after the other interleaves the two when the tensor-parallel size changes (design hazard 1). Cut by
 projection, every shard is a plain slice of its tensor (see ``layout``).
@@ -13,6 +15,7 @@ projection, every shard is a plain slice of its tensor (see ``layout``).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,25 +23,31 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from slime_plugins.lora.layers.spec import AdapterSpec
+
 
 @dataclass(frozen=True)
 class Piece:
-    """The rows of an adapter parameter that are one tensor of a checkpoint."""
+    """The part of an adapter parameter that is one tensor of a checkpoint: some rows, of one expert if stacked."""
 
+    linear: str
+    """Global Megatron name; of the one expert's linear."""
     key: str
     """After the linear's name: ``lora_A``, ``lora_B.q_proj``, ..."""
     rows: slice | torch.Tensor
     """In the parameter, or in any tensor of its shape (gradient, optimizer state), on this rank."""
+    expert: int | None
+    """Position in the parameter's first dimension, where experts are stacked."""
     sharded_dim: int | None
-    """Dimension cut over tensor-parallel ranks; None: every rank holds all of it."""
+    """Dimension of the [rows, columns] matrix that is cut over tensor-parallel ranks; None: each holds it all."""
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This piece of a tensor of the parameter's shape; a view or a copy."""
-        return tensor[self.rows]
+        """This piece of a tensor of the parameter's shape: [rows, columns], a view or a copy."""
+        return (tensor if self.expert is None else tensor[self.expert])[self.rows]
 
     def put(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         """The inverse of ``take``, in place."""
-        tensor[self.rows] = value.to(tensor)
+        (tensor if self.expert is None else tensor[self.expert])[self.rows] = value.to(tensor)
 
 
 @dataclass(frozen=True)
@@ -58,18 +67,23 @@ class Placement:
 
 def pieces_of(linear) -> dict[str, tuple[Piece, ...]]:
     """Parameter name -> its pieces, which cover it."""
-    spec = linear.lora
+    pieces: dict[str, list[Piece]] = {"lora_A": [], "lora_B": []}
+    for i, one in enumerate(linear.lora_linears()):
+        expert = None if linear.lora.experts is None else i
+        for piece in _pieces_of_spec(one.lora, expert):
+            pieces[piece.key.partition(".")[0]].append(piece)
+    return {name: tuple(found) for name, found in pieces.items()}
+
+
+def _pieces_of_spec(spec: AdapterSpec, expert: int | None) -> Iterator[Piece]:
     A_dim = {"row": 1}.get(spec.parallel)
     B_dim = {"column": 0}.get(spec.parallel)
-    if spec.split:
-        A_pieces = [
-            Piece(f"lora_A.{part.name}", slice(i * spec.rank, (i + 1) * spec.rank), A_dim)
-            for i, part in enumerate(spec.parts)
-        ]
-    else:
-        A_pieces = [Piece("lora_A", slice(None), A_dim)]
-    B_pieces = [Piece(f"lora_B.{part.name}", spec.rows_of(i), B_dim) for i, part in enumerate(spec.parts)]
-    return {"lora_A": tuple(A_pieces), "lora_B": tuple(B_pieces)}
+    if not spec.split:
+        yield Piece(spec.name, "lora_A", slice(None), expert, A_dim)
+    for i, part in enumerate(spec.parts):
+        if spec.split:
+            yield Piece(spec.name, f"lora_A.{part.name}", slice(i * spec.rank, (i + 1) * spec.rank), expert, A_dim)
+        yield Piece(spec.name, f"lora_B.{part.name}", spec.rows_of(i), expert, B_dim)
 
 
 def placement_of(linear) -> Placement:
@@ -109,8 +123,8 @@ def _build(pieces, place: Placement, key: str, tensor: torch.Tensor, replica_id,
     built = {}
     for piece in pieces:
         sharded = piece.sharded_dim is not None
-        built[piece.key] = ShardedTensor.from_rank_offsets(
-            key + piece.key,
+        built[_state_key(piece)] = ShardedTensor.from_rank_offsets(
+            key + _state_key(piece),
             piece.take(tensor).contiguous(),
             *([(piece.sharded_dim, place.shard, place.num_shards)] if sharded else []),
             replica_id=(0, 0, replica_id[2]) if sharded else replica_id,
@@ -122,5 +136,10 @@ def _build(pieces, place: Placement, key: str, tensor: torch.Tensor, replica_id,
 def _merge(pieces, shape: torch.Size, state: dict) -> torch.Tensor:
     tensor = next(iter(state.values())).new_empty(shape)
     for piece in pieces:
-        piece.put(tensor, state[piece.key])
+        piece.put(tensor, state[_state_key(piece)])
     return tensor
+
+
+def _state_key(piece: Piece) -> str:
+    """Unique within one adapted linear: experts by their number in the whole layer."""
+    return piece.key if piece.expert is None else f"{piece.linear.rsplit('.', 2)[-2]}.{piece.key}"
