@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from slime_plugins.lora.hf.headers import BaseCheckpoint, Weight
-from slime_plugins.lora.hf.weights import read_weight
+from slime_plugins.lora.hf.weights import DTYPES, read_weight
 
 _HF_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _CHUNK = 1 << 24  # elements at a time: the bit patterns take 8 bytes each
@@ -66,6 +66,15 @@ def fingerprint_of_hf(checkpoint: BaseCheckpoint, dtype: str, layers: Sequence[i
         "dtype": dtype,
         "layers": {str(n): _hf_layer(checkpoint, n, getattr(torch, dtype)) for n in layers},
     }
+
+
+def dtype_of_hf(checkpoint: BaseCheckpoint) -> str:
+    """Of the matrices of the first layer. Raises ValueError for one that is not held in 16, 32 or 64 bits."""
+    weight = next(_matrices(checkpoint, 0), None)
+    if weight is None or weight.dtype not in DTYPES:
+        found = weight.dtype if weight else "no matrix"
+        raise ValueError(f"{checkpoint.directory}: {found} in the first layer; expected one of {', '.join(DTYPES)}")
+    return str(DTYPES[weight.dtype]).removeprefix("torch.")
 
 
 def _hf_layer(checkpoint: BaseCheckpoint, layer: int, dtype: torch.dtype) -> str:

@@ -16,8 +16,9 @@ from slime_plugins.lora.checkpoint.collective import all_gather, everywhere, on_
 from slime_plugins.lora.checkpoint.manifest import Manifest, adapter_differences
 from slime_plugins.lora.checkpoint.model import Slot, adapters_of, fingerprint_of_model, parallelism, slots_of
 from slime_plugins.lora.checkpoint.optimizer import MASTER, OptimizerState, stored_states
-from slime_plugins.lora.checkpoint.save import COMMON, finish_pending
+from slime_plugins.lora.checkpoint.save import finish_pending
 from slime_plugins.lora.checkpoint.storage import TensorReader
+from slime_plugins.lora.checkpoint.writer import read_common
 from slime_plugins.lora.layers.sharding import Piece
 
 
@@ -68,7 +69,7 @@ def load_adapter(
     wants_state = optimizer is not None and not fresh_optimizer
     everywhere(lambda: _check_optimizer(state, slots, manifest, reader, wants_state, optimizer is not None))
     weights, states = everywhere(lambda: _read(slots, manifest, reader, wants_state))
-    common = everywhere(lambda: torch.load(found / COMMON, weights_only=True))
+    common = everywhere(lambda: read_common(found))
     if scheduler is not None:
         everywhere(lambda: _load_scheduler(scheduler, common["scheduler"], found))
     # From here on nothing can fail for a reason that a user could mend.

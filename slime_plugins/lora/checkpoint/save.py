@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,7 @@ from slime_plugins.lora.checkpoint.model import (
     trained_base,
 )
 from slime_plugins.lora.checkpoint.optimizer import OptimizerState, stored_states
-
-COMMON = "common.pt"
-"""Scheduler, random states and optimizer scalars, under Megatron's name for what is not sharded."""
+from slime_plugins.lora.checkpoint.writer import complete, pack_common
 
 
 @dataclass
@@ -104,7 +101,7 @@ def save_adapter(
     )
     staged = on_rank_0(lambda: directory.stage(path, step))
     writer = _Writer(staged, shards)
-    save = AdapterSave(staged.parent / directory.name_of(step), lambda: _complete(writer, common, manifest))
+    save = AdapterSave(staged.parent / directory.name_of(step), lambda: _finish(writer, common, manifest))
     if not async_save:
         writer.run()
         save.finish()
@@ -155,22 +152,16 @@ class _Writer(threading.Thread):
         return written
 
 
-def _complete(writer: _Writer, common: bytes | None, manifest: Manifest) -> None:
+def _finish(writer: _Writer, common: bytes | None, manifest: Manifest) -> None:
     written, problem = attempt(writer.wait)
     outcomes = gather((written, problem))
 
     def publish() -> None:
-        try:
-            for _, problem in outcomes:
-                if problem is not None:
-                    raise problem
-            storage.finish(writer.staged, [written for written, _ in outcomes])
-            (writer.staged / COMMON).write_bytes(common)
-            manifest.write(writer.staged)
-            directory.publish(writer.staged)
-        except BaseException:
-            directory.discard(writer.staged)
-            raise
+        for _, problem in outcomes:
+            if problem is not None:
+                directory.discard(writer.staged)
+                raise problem
+        complete(writer.staged, [written for written, _ in outcomes], common, manifest)
 
     on_rank_0(publish)
 
@@ -201,26 +192,13 @@ def _check_finite(slots: list[Slot], shards: list[storage.Shard]) -> None:
 def _common(step: int | None, scheduler, scalars: dict[str, Any]) -> bytes | None:
     """Content of ``common.pt`` on rank 0, None elsewhere. Collective."""
     states = gather(rng.local_state())
-
-    def pack() -> bytes:
-        content = {
-            "iteration": step or 0,
-            "scheduler": scheduler.state_dict() if scheduler is not None else None,
-            "optimizer_scalars": scalars,
-            "rng": rng.pack(states),
-        }
-        buffer = io.BytesIO()
-        try:
-            torch.save(content, buffer)
-            # What cannot be read back without executing it must not be written.
-            torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-        except (pickle.PickleError, AttributeError, TypeError) as error:
-            raise ValueError("the scheduler's state holds more than numbers, strings and tensors") from error
-        return buffer.getvalue()
-
-    result, problem = attempt(pack) if rank() == 0 else (None, None)
+    state = scheduler.state_dict() if scheduler is not None else None
+    common, problem = None, None
+    if rank() == 0:
+        pack = partial(pack_common, step=step, scheduler=state, scalars=scalars, rng=rng.pack(states))
+        common, problem = attempt(pack)
     on_rank_0(lambda: _raise(problem))
-    return result
+    return common
 
 
 def _raise(problem: Exception | None) -> None:

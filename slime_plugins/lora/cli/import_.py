@@ -1,0 +1,45 @@
+"""``slime-lora import``: a PEFT adapter to a sharded checkpoint. Argument text and printing only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+
+NAME = "import"
+HELP = "Turn a PEFT adapter into a sharded checkpoint, to train on at any parallelism."
+EPILOG = """\
+One plain process: no GPU, no process group, no Megatron. The checkpoint has no optimizer state; train on it with the
+configuration printed. The last line printed is the path written.
+
+examples:
+  slime-lora import --adapter math-adapter --hf-checkpoint Qwen3-4B --out runs/math
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb."""
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="PEFT adapter, safetensors or .bin")
+    parser.add_argument("--hf-checkpoint", required=True, metavar="DIR", help="the base that it belongs to")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a run's directory; the checkpoint is DIR/release")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the checkpoint; 0, or the error that ``cli.main`` prints."""
+    from slime_plugins.lora.checkpoint.from_peft import import_checkpoint
+
+    path, manifest = import_checkpoint(args.adapter, args.hf_checkpoint, args.out)
+    print(f"{args.adapter}: adapters of {len(manifest.adapters)} linears")
+    print(f"train on with: {_flags(manifest.config)}")
+    print(path)
+    return 0
+
+
+def _flags(config) -> str:
+    """The flags of a run whose adapters these are."""
+    flags = ["--lora-r", config.rank, "--lora-alpha", f"{config.alpha:g}", "--lora-layout", config.layout]
+    flags += ["--lora-target-modules", *config.target_modules] + ["--lora-rslora"] * config.use_rslora
+    for name in ("rank_pattern", "alpha_pattern"):
+        if getattr(config, name):
+            flags += [f"--lora-{name.replace('_', '-')}", json.dumps(getattr(config, name))]
+    return shlex.join(str(flag) for flag in flags)
