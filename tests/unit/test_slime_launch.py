@@ -76,6 +76,8 @@ def test_flags_without_use_lora_are_refused(flag):
         ("", dict(optimizer_cpu_offload=True), "--no-save-optim"),
         ("", dict(use_precision_aware_optimizer=True), "--no-save-optim"),
         ("--lora-critic", {}, "without a critic"),
+        ("", dict(use_critic=True, save="d", megatron_config_path=None), "one of its own"),
+        ("", dict(use_critic=True, save="d", critic_save=None), "one of its own"),
         ("--lora-save-merged", {}, "give --save-hf too"),
         ("--lora-r 0", {}, "rank is 0"),
         ("--lora-sync adapter", {}, "--lora-sync-dir"),

@@ -21,8 +21,8 @@ from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.hf.export import export_peft
 from slime_plugins.lora.layers import hide_adapters
 from slime_plugins.lora.slime.merged_sync import sending
-from slime_plugins.lora.slime.paths import adapter_step_dir
-from slime_plugins.lora.slime.policies import has_adapters, is_adapter, remember_base
+from slime_plugins.lora.slime.paths import adapter_step_dir, step_dir
+from slime_plugins.lora.slime.policies import has_adapters, remember_base
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +47,31 @@ def loading(load_checkpoint):
         if optimizer is None:
             with _base_only(ddp_model):
                 return load_base()
+        if is_critic(ddp_model):
+            if _holds_whole_model(args):
+                return load_checkpoint(ddp_model, optimizer, opt_param_scheduler, *more, **kwargs)
+            with _base_only(ddp_model):
+                loaded = load_base()
+            optimizer.reload_model_params()
+            return loaded
         return _load(args, ddp_model, optimizer, opt_param_scheduler, load_base), 0
 
     return hooked
+
+
+def is_critic(model) -> bool:
+    """slime marks the first chunk of a model with its role."""
+    return getattr(model[0], "role", "actor") == "critic"
+
+
+def _holds_whole_model(args: Namespace) -> bool:
+    """Is --load what a critic with adapters has saved: Megatron's checkpoint of all of it, adapters and value head?"""
+    from megatron.core.dist_checkpointing.serialization import load_tensors_metadata
+
+    found = step_dir(args.load, args.ckpt_step)
+    if found is None or not (found / ".metadata").is_file():
+        return False
+    return any("lora_A" in key for key in load_tensors_metadata(str(found)))
 
 
 def _load(args: Namespace, model, optimizer, scheduler, load_base) -> int:
@@ -119,11 +141,14 @@ def _start_from(model, path: str) -> None:
 
 
 def saving(save_checkpoint):
-    """Hook: Megatron's ``save_checkpoint`` as slime calls it. Adapters and what trains them; never the base."""
+    """Hook: Megatron's ``save_checkpoint`` as slime calls it. Adapters and what trains them; never the base.
+
+    Of a critic with adapters, Megatron saves the whole, since its value head trains too.
+    """
 
     @functools.wraps(save_checkpoint)
     def hooked(iteration, model, optimizer, opt_param_scheduler, *more, **kwargs):
-        if not has_adapters(model):
+        if not has_adapters(model) or is_critic(model):
             return save_checkpoint(iteration, model, optimizer, opt_param_scheduler, *more, **kwargs)
         from megatron.training.global_vars import get_args
 
@@ -180,13 +205,14 @@ def _base_only(model) -> Iterator[None]:
         for chunk in model:
             hidden.enter_context(hide_adapters(chunk))
             for parameter in chunk.parameters():
-                parameter.fill_(float("nan"))
+                if not parameter.requires_grad:  # a critic's value head may be new
+                    parameter.fill_(float("nan"))
         yield
         missing = [
             name
             for chunk in model
             for name, parameter in chunk.named_parameters()
-            if not is_adapter(name) and bool(parameter.isnan().all())
+            if not parameter.requires_grad and bool(parameter.isnan().all())
         ]
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")

@@ -153,6 +153,13 @@ def _refuse(args: Namespace) -> None:
             "not take, and its checkpoint cannot hold their state; drop them, or add --no-save-optim",
         ),
         (
+            args.use_critic
+            and getattr(args, "save", None)
+            and not (getattr(args, "megatron_config_path", None) or getattr(args, "critic_save", None)),
+            "the critic would save its model into the actor's --save; give it one of its own: --megatron-config-path "
+            "(role: critic, overrides: {load: ..., save: ...}; before slime v0.3.0: --critic-load, --critic-save)",
+        ),
+        (
             args.lora_critic and not args.use_critic,
             "--lora-critic without a critic; it goes with --advantage-estimator ppo",
         ),
