@@ -33,7 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_parallel_arguments(parser.add_argument_group("where it runs"), defaults)
     _add_training_arguments(parser.add_argument_group("training"), defaults)
     parser.add_argument("--out", metavar="DIR", default=defaults.out, help="results; replaces an earlier run's there")
+    _add_checkpoint_arguments(parser.add_argument_group("checkpoints"))
     add_lora_arguments(parser)
+
+
+def _add_checkpoint_arguments(group) -> None:
+    add = group.add_argument
+    add("--save", metavar="DIR", help="write sharded checkpoints, to resume from at any parallelism")
+    add("--save-interval", type=int, metavar="N", help="steps between them (default: after the last step alone)")
+    add("--load", metavar="DIR", help="resume from the latest one there, up to --steps in all")
 
 
 def _add_data_arguments(group, defaults: Settings) -> None:
@@ -101,10 +109,12 @@ def run(args: argparse.Namespace) -> int:
         validate_lora_args(args)
     for warning in caught:
         print(f"slime-lora: warning: {warning.message}", file=sys.stderr)
+    from slime_plugins.lora.rehearsal.cluster import terminate_as_interrupt
     from slime_plugins.lora.rehearsal.preflight import prepare
 
-    settings = prepare(Settings.from_args(args))
-    from slime_plugins.lora.rehearsal.run import rehearse
+    with terminate_as_interrupt():
+        settings = prepare(Settings.from_args(args))
+        from slime_plugins.lora.rehearsal.run import rehearse
 
-    rehearse(settings, debug=args.debug)
+        rehearse(settings, debug=args.debug)
     return 0

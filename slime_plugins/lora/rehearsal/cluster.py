@@ -44,20 +44,35 @@ def ray_cluster(settings: Settings, device: str, *, show_logs: bool = False) -> 
         logging.getLogger("ray").setLevel(logging.ERROR)
     with _environment(device):
         try:
+            _start_ray(settings.world_size + 1, show_logs)
+            yield Cluster(settings, device, os.path.join(store_dir, "store"))
+        finally:
+            with _no_interrupts():
+                ray.shutdown()
+                shutil.rmtree(store_dir, ignore_errors=True)
+
+
+def _start_ray(num_processes: int, show_logs: bool, attempts: int = 3) -> None:
+    """``ray.init``, again where Ray's fixed 30 seconds for its own processes have not been enough."""
+    import ray
+
+    for attempt in range(attempts):
+        try:
             ray.init(
                 address="local",  # never somebody else's cluster
-                num_cpus=settings.world_size + 1,
+                num_cpus=num_processes,
                 num_gpus=0,  # actors choose their GPU by rank
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
                 configure_logging=show_logs,
                 log_to_driver=show_logs,
             )
-            yield Cluster(settings, device, os.path.join(store_dir, "store"))
-        finally:
-            with _no_interrupts():
-                ray.shutdown()
-                shutil.rmtree(store_dir, ignore_errors=True)
+            return
+        except Exception as error:  # Ray raises no narrower one
+            # What has been started of this attempt ends with this process, if not now.
+            ray.shutdown()
+            if attempt == attempts - 1:
+                raise OSError(f"Ray did not start in {attempts} attempts: {_first_line(error)}") from error
 
 
 class Cluster:

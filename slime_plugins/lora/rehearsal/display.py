@@ -24,13 +24,13 @@ class Display:
         self._console.print(text, markup=False)
 
     @contextlib.contextmanager
-    def steps(self, total: int) -> Iterator[None]:
-        """Inside, ``step`` moves the progress line."""
+    def steps(self, total: int, first: int = 0) -> Iterator[None]:
+        """Inside, ``step`` moves the progress line, which starts at ``first``."""
         columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(20), TextColumn("{task.description}")]
         columns += [TimeRemainingColumn(compact=True)]
         with Progress(*columns, console=self._console, disable=not self._console.is_terminal) as progress:
             self._progress, self._total = progress, total
-            progress.add_task("first rollout ...", total=total)
+            progress.add_task("first rollout ...", total=total, completed=first)
             yield
         self._progress = None
 

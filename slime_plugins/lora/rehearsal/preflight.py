@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+from slime_plugins.lora.checkpoint import directory
+from slime_plugins.lora.checkpoint.manifest import Manifest
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.names import megatron_name
@@ -40,6 +42,12 @@ def prepare(settings: Settings, progress: Callable[[str], None] = print) -> Sett
         raise UsageError(f"--prompt-data {settings.prompt_data}: no such file")
     read_prompts(settings.prompt_data, settings.input_key, settings.label_key)
     _check_targets(settings.lora, base.linears())
+    if settings.load is not None:
+        step = Manifest.read(directory.find(settings.load)).step
+        if step is None or step >= settings.steps:
+            raise UsageError(
+                f"--load {settings.load}: it is at step {step}; --steps {settings.steps} leaves none to do"
+            )
     return settings
 
 

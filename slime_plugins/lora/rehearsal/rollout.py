@@ -33,7 +33,6 @@ class Rollout:
         """Load base and tokenizer. Raises ValueError if there is no end token."""
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-        torch.manual_seed(settings.seed)
         self.settings, self.device = settings, device
         hf_dir = settings.hf_checkpoint
         self.tokenizer = AutoTokenizer.from_pretrained(hf_dir, padding_side="left")
@@ -59,9 +58,13 @@ class Rollout:
         )
         self.base, self.model = base, None
 
-    def sample(self, adapter_dir: str, prompts: list[str | list]) -> list[Sample]:
-        """``n_samples_per_prompt`` samples of every prompt under this adapter, the samples of one prompt adjacent."""
-        self.load_adapter(adapter_dir)
+    def sample(self, adapter_dir: str, prompts: list[str | list], step: int) -> list[Sample]:
+        """``n_samples_per_prompt`` samples of every prompt under this adapter, the samples of one prompt adjacent.
+
+        The random state depends on seed and step alone: a resumed run draws what the unbroken one would have.
+        """
+        self.load_adapter(adapter_dir)  # before seeding: making a PEFT model draws initial values
+        torch.manual_seed(self.settings.seed * 1_000_003 + step)
         samples = []
         for start in range(0, len(prompts), _PROMPTS_AT_A_TIME):
             samples += self._generate(self.encode(prompts[start : start + _PROMPTS_AT_A_TIME]))

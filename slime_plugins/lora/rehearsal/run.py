@@ -11,7 +11,7 @@ import torch
 
 from slime_plugins.lora.hf.verify import verify_adapter
 from slime_plugins.lora.rehearsal import outputs
-from slime_plugins.lora.rehearsal.cluster import Cluster, ray_cluster, resolve_device, terminate_as_interrupt
+from slime_plugins.lora.rehearsal.cluster import Cluster, ray_cluster, resolve_device
 from slime_plugins.lora.rehearsal.display import Display
 from slime_plugins.lora.rehearsal.grpo import Batch, group_advantages, make_batch
 from slime_plugins.lora.rehearsal.outputs import Recorder
@@ -35,47 +35,46 @@ def rehearse(settings: Settings, *, debug: bool = False) -> dict:
         ValueError: a process died; or, at the end, the base has changed, logits differ, the adapter is not trained.
     """
     display = Display()
-    with terminate_as_interrupt():
-        out, adapter_dir = Path(settings.out), Path(settings.out) / outputs.ADAPTER
-        device = resolve_device(settings)
-        if outputs.claim(out):
-            display.line(f"{out}: replacing the earlier rehearsal there")
-        display.line(f"starting {settings.world_size} Megatron ranks and a rollout process on {device} ...")
-        with outputs.Recorder(out, settings) as recorder, ray_cluster(settings, device, show_logs=debug) as cluster:
-            built = cluster.ranks("describe")[0]
-            display.line(built.pop("report"))
-            start = time.monotonic()
-            last_batch = train(cluster, settings, adapter_dir, recorder, display)
-            seconds = time.monotonic() - start
-            summary = {
-                "reward_first": recorder.steps[0]["reward"],
-                "reward_last": recorder.steps[-1]["reward"],
-                "steps": settings.steps,
-                "seconds_per_step": seconds / settings.steps,
-                **built,
-                "logits_max_abs_diff": _logits_difference(cluster, settings, adapter_dir, last_batch),
-                **_checksums(cluster),
-                "settings": settings.to_dict(),
-            }
-        outputs.draw_curve(out, recorder.steps, f"{Path(settings.hf_checkpoint).name}, LoRA rank {settings.lora.rank}")
-        summary["serve_command"] = outputs.serve_command(out, settings.dtype, device)
-        outputs.write_summary(out, summary)
-        verify(summary, settings, adapter_dir)
-        display.end(out, summary)
+    out, adapter_dir = Path(settings.out), Path(settings.out) / outputs.ADAPTER
+    device = resolve_device(settings)
+    if outputs.claim(out):
+        display.line(f"{out}: replacing the earlier rehearsal there")
+    display.line(f"starting {settings.world_size} Megatron ranks and a rollout process on {device} ...")
+    with outputs.Recorder(out, settings) as recorder, ray_cluster(settings, device, show_logs=debug) as cluster:
+        built = cluster.ranks("describe")[0]
+        display.line(built.pop("report"))
+        start = time.monotonic()
+        last_batch = train(cluster, settings, adapter_dir, recorder, display)
+        seconds = time.monotonic() - start
+        summary = {
+            "reward_first": recorder.steps[0]["reward"],
+            "reward_last": recorder.steps[-1]["reward"],
+            "steps": settings.steps,
+            "seconds_per_step": seconds / len(recorder.steps),
+            **built,
+            "logits_max_abs_diff": _logits_difference(cluster, settings, adapter_dir, last_batch),
+            **_checksums(cluster),
+            "settings": settings.to_dict(),
+        }
+    outputs.draw_curve(out, recorder.steps, f"{Path(settings.hf_checkpoint).name}, LoRA rank {settings.lora.rank}")
+    summary["serve_command"] = outputs.serve_command(out, settings.dtype, device)
+    outputs.write_summary(out, summary)
+    verify(summary, settings, adapter_dir)
+    display.end(out, summary)
     return summary
 
 
 def train(cluster: Cluster, settings: Settings, adapter_dir: Path, recorder: Recorder, display: Display) -> Batch:
     """The loop. Returns the last step's samples."""
+    first = cluster.ranks("load", settings.load)[0] if settings.load else 0
     prompts = read_prompts(settings.prompt_data, settings.input_key, settings.label_key)
-    order = shuffled(prompts, settings.seed)
+    order = itertools.islice(shuffled(prompts, settings.seed), first * settings.rollout_batch_size, None)
     cluster.ranks("export", str(adapter_dir))
-    with display.steps(settings.steps):
-        for step in range(settings.steps):
+    with display.steps(settings.steps, first):
+        for step in range(first, settings.steps):
             start = time.monotonic()
-            batch, rolled_out = roll_out(
-                cluster, settings, adapter_dir, list(itertools.islice(order, settings.rollout_batch_size))
-            )
+            shown = list(itertools.islice(order, settings.rollout_batch_size))
+            batch, rolled_out = roll_out(cluster, settings, adapter_dir, shown, step)
             trained = train_on(cluster, batch)
             cluster.ranks("export", str(adapter_dir))
             seconds = time.monotonic() - start
@@ -83,15 +82,23 @@ def train(cluster: Cluster, settings: Settings, adapter_dir: Path, recorder: Rec
             metrics = {"step": step, **rolled_out, **trained, **speed}
             recorder.step(metrics)
             display.step(metrics)
+            if _is_save_step(settings, step + 1):
+                cluster.ranks("save", settings.save, step + 1)
     return batch
 
 
+def _is_save_step(settings: Settings, done: int) -> bool:
+    if settings.save is None:
+        return False
+    return done == settings.steps or (settings.save_interval is not None and done % settings.save_interval == 0)
+
+
 def roll_out(
-    cluster: Cluster, settings: Settings, adapter_dir: Path, prompts: list[Prompt]
+    cluster: Cluster, settings: Settings, adapter_dir: Path, prompts: list[Prompt], step: int
 ) -> tuple[Batch, dict[str, float]]:
     """Sample with the exported adapter, decode, reward."""
     start = time.monotonic()
-    samples = cluster.rollout("sample", str(adapter_dir), [prompt.prompt for prompt in prompts])
+    samples = cluster.rollout("sample", str(adapter_dir), [prompt.prompt for prompt in prompts], step)
     n, reward = settings.n_samples_per_prompt, REWARDS[settings.rm_type]
     rewards = torch.tensor([reward(sample.text, prompts[i // n].label) for i, sample in enumerate(samples)])
     batch = make_batch(
@@ -110,7 +117,7 @@ def roll_out(
 def train_on(cluster: Cluster, batch: Batch) -> dict[str, float]:
     """Train on one rollout. Metrics are means over the ranks that have a loss."""
     trained = [metrics for metrics in cluster.ranks("train", batch) if metrics is not None]
-    old_log_probs = next(iter([metrics.pop("old_log_probs") for metrics in trained]))
+    old_log_probs, *_ = [metrics.pop("old_log_probs") for metrics in trained]
     metrics = {name: sum(m[name] for m in trained) / len(trained) for name in trained[0]}
     # Does Megatron's policy give the samples the probability that they were drawn with?
     head = batch[: len(old_log_probs)]
@@ -120,8 +127,9 @@ def train_on(cluster: Cluster, batch: Batch) -> dict[str, float]:
 
 def _logits_difference(cluster: Cluster, settings: Settings, adapter_dir: Path, batch: Batch) -> float:
     """Largest difference between Megatron with its adapters and transformers with the exported ones, on samples."""
-    samples = max(1, _COMPARED_TOKENS // batch.tokens.shape[1] // settings.pp) * settings.pp
-    head = batch[: min(samples, len(batch))]
+    multiple = settings.pp if settings.vpp else 1  # what the interleaved schedule can cut
+    samples = min(len(batch), _COMPARED_TOKENS // batch.tokens.shape[1]) // multiple * multiple
+    head = batch[: max(samples, multiple)]
     cluster.rollout("load_adapter", str(adapter_dir))
     expected = cluster.rollout("logits", head.tokens)
     logits = next(result for result in cluster.ranks("logits", head.tokens) if result is not None)

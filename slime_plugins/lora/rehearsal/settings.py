@@ -14,7 +14,7 @@ MICRO_BATCH_TOKENS = 4096
 
 _COUNTS = (
     *("tp", "pp", "dp", "vpp", "steps", "rollout_batch_size", "n_samples_per_prompt", "rollout_max_response_len"),
-    *("num_steps_per_rollout", "micro_batch_size"),
+    *("num_steps_per_rollout", "micro_batch_size", "save_interval"),
 )
 
 
@@ -66,6 +66,12 @@ class Settings:
     kl_loss_coef: float = 0.01
     seed: int = 1234
     out: str = "runs/rehearsal"
+    save: str | None = None
+    """Directory for sharded checkpoints (adapters, optimizer, random states); the last step is always saved."""
+    save_interval: int | None = None
+    """Steps between them; None saves the last step alone."""
+    load: str | None = None
+    """Checkpoint, or a run's directory of them, to go on from, up to ``steps`` in all; any parallelism."""
     lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
 
     @classmethod
@@ -130,6 +136,8 @@ class Settings:
         for name in ("kl_loss_coef", "weight_decay", "clip_grad"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{_flag(name)} {getattr(self, name)}: expected 0 or more")
+        if self.save_interval is not None and self.save is None:
+            raise UsageError("--save-interval without --save: where to?")
         self._check_parallel()
 
     def _check_parallel(self) -> None:

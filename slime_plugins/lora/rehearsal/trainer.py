@@ -127,8 +127,20 @@ class RankTrainer:
 
         export_peft(self.chunks, out_dir, hf_checkpoint=self.settings.hf_checkpoint)
 
+    def save(self, path: str, step: int) -> None:
+        """Write a sharded checkpoint after ``step`` steps: adapters, optimizer, random states."""
+        from slime_plugins.lora import save_adapter
+
+        save_adapter(self.model, path, optimizer=self.optimizer, step=step)
+
+    def load(self, path: str) -> int:
+        """Read one, of any parallelism. Returns the number of steps it has seen."""
+        from slime_plugins.lora import load_adapter
+
+        return load_adapter(self.model, path, optimizer=self.optimizer).step
+
     def logits(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """float32 [N, S, vocab] on the last stage; ``N`` a multiple of the pipeline stages, ``S`` of TP."""
+        """float32 [N, S, vocab] on the last stage; ``S`` a multiple of TP, ``N`` of PP where there is VPP."""
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
         def keep(micro, logits):
@@ -136,7 +148,8 @@ class RankTrainer:
             return logits.new_zeros(()), {"logits": full.float().cpu()}
 
         batch = Batch(tokens, torch.zeros(tokens.shape), torch.zeros(len(tokens)))
-        outputs = self._run(batch, keep, forward_only=True, num_microbatches=self.settings.pp)
+        count = self.settings.pp if self.settings.vpp else 1
+        outputs = self._run(batch, keep, forward_only=True, num_microbatches=count)
         return torch.cat([output["logits"] for output in outputs]) if outputs else None
 
     def base_checksums(self) -> tuple[str, str]:
