@@ -24,6 +24,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import shutil
 import sys
 import tempfile
 import time
@@ -70,6 +71,7 @@ class WorkerPool:
     def __init__(self, world_size: int, path: tuple[str, ...] = ()):
         self.world_size, self._path = world_size, path
         self._workers: list[tuple[multiprocessing.Process, Connection]] = []
+        self._store = ""
 
     def run(self, fn: Callable, *args, timeout: float = 120.0, seed: int = 1234, **layout) -> list[Any]:
         """Call ``fn(Layout(**layout), *args)`` on every rank; returns the results in rank order.
@@ -97,15 +99,16 @@ class WorkerPool:
             process.join()
             connection.close()
         self._workers = []
+        shutil.rmtree(self._store, ignore_errors=True)
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         # A file, not a port: any number of pools can start at the same time.
-        store = tempfile.mkdtemp(prefix="slime-lora-test-")
+        self._store = tempfile.mkdtemp(prefix="slime-lora-test-")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_worker, args=(rank, self.world_size, store, theirs, self._path), daemon=True
+                target=_worker, args=(rank, self.world_size, self._store, theirs, self._path), daemon=True
             )
             process.start()
             theirs.close()  # so that the worker's death is an end of file here
