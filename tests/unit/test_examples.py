@@ -158,3 +158,8 @@ def test_files_that_are_named_exist(file):
     named = re.findall(r"`((?:tests|bench|examples|unit|dist|e2e)/[\w./*-]+\.\w+)`", file.read_text())
     missing = [name for name in named if not (list(ROOT.glob(name)) or list((ROOT / "tests").glob(name)))]
     assert missing == []
+
+
+def test_the_index_lists_every_page():
+    listed = set(re.findall(r"\]\(([\w-]+\.md)\)", (ROOT / "docs" / "index.md").read_text()))
+    assert listed == {file.name for file in (ROOT / "docs").glob("*.md")} - {"index.md"}

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.version import __version__
@@ -93,11 +93,8 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _verb_modules():
-    for name in VERBS:
-        full_name = f"{__name__}.{name}"
-        if importlib.util.find_spec(full_name):
-            yield importlib.import_module(full_name)
+def _verb_modules() -> list[ModuleType]:
+    return [importlib.import_module(f"{__name__}.{name}") for name in VERBS]
 
 
 def _one_line(error: Exception) -> str | None:
