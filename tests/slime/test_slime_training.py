@@ -1,7 +1,7 @@
 """slime's own train.py with ``--use-lora``, on a CPU: Ray actors, Megatron, DDP, checkpoints, engines that record.
 
     SLIME_DIR=~/slime MEGATRON_DIR=~/megatron-with-slimes-patch SLIME_CPU_DIR=~/slime_cpu SLIME_PYTHON=~/v/bin/python \
-        pytest -m "" tests/slime/test_training.py        # twelve runs of a minute or two; SLIME_REV=main for another
+        pytest -m "" tests/slime/test_slime_training.py  # twelve runs of a minute or two; SLIME_REV=main for another
 
 The harness's model: 4 layers, hidden 64, bf16, tied embeddings; rewards come from a file or pseudo-random answers.
 """
