@@ -71,7 +71,7 @@ class Manifest:
             "sha256": {name: file_digest(directory / name) for name in names},
         }
         content["sha256"]["this file"] = _self_digest(content)
-        (directory / ADAPTER_JSON).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (directory / ADAPTER_JSON).write_text(_text(content), encoding="utf-8")
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -144,6 +144,18 @@ def _self_digest(content: Mapping[str, Any]) -> str:
     sums = {name: value for name, value in content["sha256"].items() if name != "this file"}
     text = json.dumps({**content, "sha256": sums}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    """JSON with a line per field, and per adapter: two levels deep, for people."""
+    lines = []
+    for key, value in content.items():
+        text = json.dumps(value)
+        if isinstance(value, dict) and value:
+            inner = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in value.items())
+            text = f"{{\n{inner}\n  }}"
+        lines.append(f"  {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _short(value) -> str:
