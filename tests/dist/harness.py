@@ -21,6 +21,7 @@ that then hang in a collective are killed, and the next call starts the pool aga
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -184,6 +185,7 @@ def _initialise(rank: int, world_size: int, store: str, layout: Layout) -> None:
     if torch.distributed.is_initialized():
         mpu.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+        gc.collect()  # models of earlier calls hold their groups, and each group its threads, in cycles
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=300)
     )
