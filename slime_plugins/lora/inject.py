@@ -17,9 +17,9 @@ from slime_plugins.lora.layers import (
     LoRALinear,
     adapt,
     adapted_class,
-    is_duplicated,
     linears_of_experts,
     spec_for,
+    weight_shards,
 )
 from slime_plugins.lora.names import is_known
 from slime_plugins.lora.targets import Targets, check_all_matched, short_name
@@ -209,9 +209,16 @@ def _require_input_grad(module, args, kwargs):
 
 def pipeline_group():
     """The pipeline group if there is more than one stage, else None."""
-    if not dist.is_initialized() or not parallel_state.model_parallel_is_initialized():
-        return None
-    group = parallel_state.get_pipeline_model_parallel_group()
+    return _if_several(parallel_state.get_pipeline_model_parallel_group) if _model_parallel() else None
+
+
+def expert_group():
+    """The expert-parallel group if experts are spread over ranks, else None."""
+    return _if_several(parallel_state.get_expert_model_parallel_group) if _model_parallel() else None
+
+
+def _if_several(get_group):
+    group = get_group()
     return group if group.size() > 1 else None
 
 
@@ -236,13 +243,12 @@ def _base_numel(chunk: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, in
     )
     for path, module in chunk.named_modules():
         of_experts = ".mlp.experts" in path
-        # TE marks the weights of duplicated linears as sharded.
-        shards = 1 if is_duplicated(module) else etp_size if of_experts else tp_size
+        shards = weight_shards(module, etp_size if of_experts else tp_size)
         for name, parameter in module.named_parameters(recurse=False):
             # The last stage's copy of tied embeddings is the first stage's parameter.
             copied = getattr(parameter, "shared_embedding", False) and not _owns_embedding(chunk)
             if not copied and not name.startswith("lora_"):
-                sharded = getattr(parameter, "tensor_model_parallel", False)
+                sharded = name.startswith("weight") or getattr(parameter, "tensor_model_parallel", False)
                 yield parameter, parameter.numel() * (shards if sharded else 1) * (ep_size if of_experts else 1)
 
 

@@ -13,8 +13,8 @@ from megatron.core.utils import get_model_config
 from reference import adapter_values, draw
 
 from slime_plugins.lora import LoRAConfig, apply_lora
-from slime_plugins.lora.adapters import iter_adapters
-from slime_plugins.lora.names import hf_names
+from slime_plugins.lora.adapters import iter_adapters, iter_linears
+from slime_plugins.lora.names import hf_names, spellings
 from slime_plugins.lora.rehearsal.model import build_chunks
 
 
@@ -66,10 +66,10 @@ def shard(linear, values: dict[str, tuple[torch.Tensor, torch.Tensor]]):
     names = {name.rsplit(".", 1)[-1]: name for name in hf_names(spec.name)}
     As, Bs = [], []
     for part in spec.parts:
-        A, B = values[names[part.name]]
+        A, B = next(values[name] for name in spellings(names[part.name]) if name in values)
         if spec.parallel == "row":
             A = A.chunk(tp_size, dim=1)[tp]
-        else:
+        elif spec.parallel == "column":
             B = B.chunk(tp_size, dim=0)[tp]
         As.append(A)
         Bs.append(B)
@@ -88,14 +88,22 @@ def own_B(linear, index: int, B: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def set_adapters(chunks, layout: str, rank: int) -> None:
     """Give every adapter the reference's values."""
-    for linear in iter_adapters(chunks):
+    values = {}
+    for linear in iter_linears(chunks):
         spec, tp_size = linear.lora, linear.lora_tp_size
         columns = linear.weight.shape[1]
-        values = {}
         for part, name in zip(spec.all_parts, hf_names(spec.name)):
             fan_in = columns * (tp_size if spec.parallel == "row" else 1)
             fan_out = part.size * (tp_size if spec.parallel == "column" else 1)
             values[name] = adapter_values(name, rank, fan_in, fan_out, layout)
+    set_values(chunks, values)
+
+
+@torch.no_grad()
+def set_values(chunks, values: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Give every adapter this rank's shards of whole (A, B) pairs by projection name."""
+    for linear in iter_linears(chunks):
+        spec = linear.lora
         As, Bs = shard(linear, values)
         linear.lora_A.copy_(torch.cat(As) if spec.split else As[0])
         for i, B in enumerate(Bs):
@@ -170,15 +178,25 @@ def train_step(model, optimizer, tokens, *, microbatches=1):
     return loss, grad_norm
 
 
+def main_grads(linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """DDP's gradients of A and B; of stacked experts, one expert's."""
+    owner, at = (linear.owner, linear.index) if hasattr(linear, "owner") else (linear, slice(None))
+    return owner.lora_A.main_grad[at], owner.lora_B.main_grad[at]
+
+
 def gradient_errors(model, ref_grads) -> dict[str, float]:
-    """Worst error of this rank's A and B gradient shards against whole (dA, dB) pairs; number of adapters."""
+    """Worst error of this rank's A and B gradient shards against whole (dA, dB) pairs; number of adapters.
+
+    Relative to the largest entry; where the reference is zero (an expert without tokens), the error itself.
+    """
     errors = {"A": 0.0, "B": 0.0, "adapters": 0}
-    for linear in iter_adapters(model):
+    for linear in iter_linears(model):
         As, Bs = shard(linear, ref_grads)
         dA = torch.cat(As) if linear.lora.split else sum(As)
-        errors["A"] = max(errors["A"], relative(linear.lora_A.main_grad - dA, dA))
+        seen_A, seen_B = main_grads(linear)
+        errors["A"] = max(errors["A"], relative(seen_A - dA, dA))
         for i, dB in enumerate(Bs):
-            errors["B"] = max(errors["B"], relative(own_B(linear, i, linear.lora_B.main_grad) - dB, dB))
+            errors["B"] = max(errors["B"], relative(own_B(linear, i, seen_B) - dB, dB))
         errors["adapters"] += 1
     return errors
 
@@ -194,5 +212,6 @@ def gather_logits(logits: torch.Tensor | None, vocab_size: int) -> torch.Tensor 
 
 
 def relative(error: torch.Tensor, reference: torch.Tensor) -> float:
-    """Largest error over the largest reference value."""
-    return (error.abs().max() / reference.abs().max()).item()
+    """Largest error over the largest reference value; the error itself if the reference is zero."""
+    largest = reference.abs().max()
+    return (error.abs().max() / (largest if largest > 0 else 1)).item()

@@ -2,7 +2,7 @@
 
 from slime_plugins.lora.layers.adapter import LoRALinear, adapt, hide_adapters
 from slime_plugins.lora.layers.experts import OneExpert, linears_of_experts
-from slime_plugins.lora.layers.megatron import adapted_class, is_duplicated
+from slime_plugins.lora.layers.megatron import adapted_class, weight_shards
 from slime_plugins.lora.layers.spec import AdapterSpec, spec_for
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "adapt",
     "adapted_class",
     "hide_adapters",
-    "is_duplicated",
     "linears_of_experts",
     "spec_for",
+    "weight_shards",
 ]

@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 
 _grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
-_ALIGNMENT = 16  # bytes: of every stride of an operand of the CUDA kernel
+_ALIGNMENT = 16  # bytes: of every stride of an operand
 
 
 class Segments:
@@ -99,14 +99,17 @@ class Segments:
 
 
 def takes_grouped_mm(*operands: torch.Tensor) -> bool:
-    """Can torch's grouped product take these operands here?"""
+    """Can torch's grouped product take these operands here? A rank of a multiple of 8 (bf16) or 4 (fp32) is needed."""
     if _grouped_mm is None:
         return False
-    if not operands[0].is_cuda:  # torch < 2.10 has ``_grouped_mm``, but not for host memory
-        return hasattr(torch.nn.functional, "grouped_mm")
-    return all(
-        t.dtype == torch.bfloat16
-        and all(s == 1 or s * t.element_size() % _ALIGNMENT == 0 for s in t.stride())
-        and t.data_ptr() % _ALIGNMENT == 0
-        for t in operands
+    if operands[0].is_cuda:
+        known = all(t.dtype == torch.bfloat16 for t in operands)
+    else:  # torch < 2.10 has ``_grouped_mm``, but not for host memory
+        known = hasattr(torch.nn.functional, "grouped_mm")
+    return known and all(_aligned(t) for t in operands)
+
+
+def _aligned(t: torch.Tensor) -> bool:
+    return t.data_ptr() % _ALIGNMENT == 0 and all(
+        stride == 1 or stride * t.element_size() % _ALIGNMENT == 0 for stride in t.stride()
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 from slime_plugins.lora.layers import experts, router
 from slime_plugins.lora.layers.adapter import LoRALinear
@@ -41,8 +41,19 @@ def adapted_class(linear: torch.nn.Module) -> tuple[type, str] | None:
     return (LORA_CLASSES | te.LORA_CLASSES).get(type(linear))
 
 
-def is_duplicated(module: torch.nn.Module) -> bool:
-    """Does every tensor-parallel rank hold the whole weight of this linear, adapted or not?"""
+def weight_shards(module: torch.nn.Module, tp_size: int) -> int:
+    """Into how many shards the weights of a module are cut, adapted or not, of which this rank holds one.
+
+    The marks on the parameters alone do not tell: TE sets them on duplicated weights too, and Megatron's own linears
+    only when they initialise the weight.
+    """
     if isinstance(module, LoRALinear):
-        return module.lora.parallel == "duplicated"
-    return (adapted_class(module) or (None, None))[1] == "duplicated"
+        parallel = module.lora.parallel
+    elif isinstance(module, VocabParallelEmbedding):
+        parallel = "column"
+    else:
+        _, parallel = adapted_class(module) or (None, None)
+    if parallel is None:
+        marked = any(getattr(p, "tensor_model_parallel", False) for p in module.parameters(recurse=False))
+        return tp_size if marked else 1
+    return 1 if parallel == "duplicated" else tp_size

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from abc import ABC
+
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
 from slime_plugins.lora.layers.adapter import LoRALinear
 
 
-class LoRATopKRouter(LoRALinear, TopKRouter):
-    """W, A and B whole on every tensor-parallel rank; the logits get the low-rank term, in the router's own dtype."""
+class _AbstractLoRALinear(ABC, LoRALinear):
+    """The mixin with the base that Megatron's router has first, without which Python refuses the change of class."""
 
-    def forward(self, *args, **kwargs):
-        return super(LoRALinear, self).forward(*args, **kwargs)
+
+class LoRATopKRouter(_AbstractLoRALinear, TopKRouter):
+    """W, A and B whole on every tensor-parallel rank; the logits get the low-rank term, in the router's own dtype."""
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """input [..., hidden] -> logits [..., num_experts]."""
@@ -23,4 +26,5 @@ class LoRATopKRouter(LoRALinear, TopKRouter):
         return self._lora_up(logits, h, exchanges)
 
 
+# Exact class -> its LoRA form and parallel mode.
 LORA_CLASSES = {TopKRouter: (LoRATopKRouter, "duplicated")}

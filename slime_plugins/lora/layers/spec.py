@@ -95,8 +95,10 @@ def base_weights(linear: torch.nn.Module) -> list[torch.Tensor]:
     """The frozen matrices of a linear, adapted or not: one, or one per expert of this rank."""
     if hasattr(linear, "linears"):
         return [one.weight for one in linear.linears]
+    if getattr(linear, "weight0", None) is not None:
+        return [getattr(linear, f"weight{i}") for i in range(linear.num_gemms)]
     if hasattr(linear, "num_gemms"):
-        return list(linear._get_weight_tensors())  # TE's own, for weights kept apart and for those kept as one
+        return list(linear._get_weight_tensors())  # TE's views of its single grouped weight
     return [linear.weight]
 
 

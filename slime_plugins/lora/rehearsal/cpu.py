@@ -64,6 +64,7 @@ def enable() -> bool:
     # torch.compile would call a C++ compiler in every process, and importing it is half of Megatron's import time.
     torch.compile = lambda model=None, **kwargs: (lambda fn: fn) if model is None else model
     _replace_cuda()
+    _teach_gloo()
     return True
 
 
@@ -97,6 +98,43 @@ def _replace_cuda() -> None:
     # Megatron sets device states through torch's C bindings.
     megatron_random = importlib.import_module("megatron.core.tensor_parallel.random")
     megatron_random._get_cuda_rng_state, megatron_random._set_cuda_rng_state = get_rng_state, set_rng_state
+
+
+def _teach_gloo() -> None:
+    """What Megatron's token dispatcher asks of NCCL: ranks with different numbers of tokens, and splits as tensors."""
+    dist = torch.distributed
+    all_gather, reduce_scatter, all_to_all_single = dist.all_gather, dist.reduce_scatter, dist.all_to_all_single
+
+    def is_uneven(tensors) -> bool:
+        return len({t.shape for t in tensors}) > 1
+
+    @functools.wraps(all_gather)
+    def gather(tensor_list, tensor, group=None, async_op=False):
+        if not is_uneven(tensor_list):
+            return all_gather(tensor_list, tensor, group=group, async_op=async_op)
+        for rank, gathered in enumerate(tensor_list):
+            if rank == dist.get_rank(group):
+                gathered.copy_(tensor)
+            dist.broadcast(gathered, group=group, group_src=rank)
+        return None
+
+    @functools.wraps(reduce_scatter)
+    def scatter(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        if not is_uneven(input_list):
+            return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
+        for rank, tensor in enumerate(input_list):
+            summed = tensor.clone()
+            dist.all_reduce(summed, op=op, group=group)
+            if rank == dist.get_rank(group):
+                output.copy_(summed)
+        return None
+
+    @functools.wraps(all_to_all_single)
+    def to_all(output, input, output_split_sizes=None, input_split_sizes=None, **kwargs):
+        splits = (s.tolist() if isinstance(s, torch.Tensor) else s for s in (output_split_sizes, input_split_sizes))
+        return all_to_all_single(output, input, *splits, **kwargs)
+
+    dist.all_gather, dist.reduce_scatter, dist.all_to_all_single = gather, scatter, to_all
 
 
 def _on_cpu(fn):

@@ -275,6 +275,7 @@ class GroupedLinear(TransformerEngineBaseModule):
         parallel_mode=None,
         device="cpu",
         ub_name=None,
+        single_grouped_weight=False,
     ):
         super().__init__()
         self._setup(
@@ -293,6 +294,16 @@ class GroupedLinear(TransformerEngineBaseModule):
         self.fp8_meta = {"fp8_checkpoint": False}
         for i in range(num_gemms):
             self._add_weight(params_dtype, device, init_method, get_rng_state_tracker, rng_tracker_name, suffix=i)
+        if single_grouped_weight:
+            self.weight = torch.nn.Parameter(torch.stack(self._get_weight_tensors()))
+            _mark(self.weight, 0)
+            for i in range(num_gemms):
+                self.register_parameter(f"weight{i}", None)
+
+    def _get_weight_tensors(self) -> list[torch.Tensor]:
+        """One per expert: parameters, or views of the single one."""
+        single = getattr(self, "weight", None)
+        return [getattr(self, f"weight{i}") for i in range(self.num_gemms)] if single is None else list(single)
 
     def init_fp8_metadata(self, num_gemms=1) -> None:
         pass
@@ -300,7 +311,7 @@ class GroupedLinear(TransformerEngineBaseModule):
     def forward(self, inp, m_splits, is_first_microbatch=None):
         if len(m_splits) != self.num_gemms:
             raise ValueError(f"Number of splits ({len(m_splits)}) should match number of GEMMs ({self.num_gemms}).")
-        weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
+        weights = self._get_weight_tensors()
         biases = [getattr(self, f"bias{i}") for i in range(self.num_gemms)]
         out = _GroupedLinear.apply(inp, list(m_splits), self, *weights, *biases)
         return (out, biases) if self.return_bias else out
