@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+FORMATS = ("per-expert", "fused")  # hf.moe_form.FORMATS, which costs torch to import
 NAME = "export"
 HELP = "Turn a sharded adapter checkpoint into a PEFT adapter, or merge it into its base."
 EPILOG = """\
@@ -30,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="ranks and alphas as trained, in rank_pattern and alpha_pattern, which SGLang ignores; "
         "default: one rank, one alpha",
+    )
+    parser.add_argument(
+        "--moe-format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help="of routed experts: per-expert (vLLM, SGLang, PEFT) or fused, PEFT's stacked parameters (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--serve-dir", metavar="DIR", help="also make a directory of links to base and adapter, for transformers serve"
@@ -64,7 +72,7 @@ def _export(projections, config, args: argparse.Namespace) -> None:
     from slime_plugins.lora.hf.peft_form import to_peft
     from slime_plugins.lora.hf.serve_dir import make_serve_dir
 
-    adapter = to_peft(projections, config, args.hf_checkpoint, patterns=args.peft_patterns)
+    adapter = to_peft(projections, config, args.hf_checkpoint, patterns=args.peft_patterns, moe_format=args.moe_format)
     write_adapter(args.out, *adapter, base=args.hf_checkpoint)
     if args.serve_dir:
         make_serve_dir(args.hf_checkpoint, args.out, args.serve_dir)

@@ -8,22 +8,26 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from slime_plugins.lora.adapters import config_of, iter_adapters
+from slime_plugins.lora.adapters import config_of, iter_linears
 from slime_plugins.lora.hf.peft_files import write_adapter
 from slime_plugins.lora.hf.peft_form import Projection, to_peft
-from slime_plugins.lora.inject import pipeline_group
-from slime_plugins.lora.layers import LoRALinear
+from slime_plugins.lora.inject import expert_group, pipeline_group
+from slime_plugins.lora.layers import LoRALinear, OneExpert
 from slime_plugins.lora.names import hf_names
 
 
-def export_peft(model, out_dir: str | os.PathLike, *, hf_checkpoint: str | os.PathLike) -> Path:
+def export_peft(
+    model, out_dir: str | os.PathLike, *, hf_checkpoint: str | os.PathLike, moe_format: str = "per-expert"
+) -> Path:
     """Write the model's adapters as a PEFT directory, from rank 0. Call on all ranks.
 
     Args:
         model: a module or the list of this rank's pipeline chunks, wrapped or not.
         hf_checkpoint: directory of the base, named in ``adapter_config.json``.
+        moe_format: of routed experts: ``per-expert`` (vLLM, SGLang, PEFT) or ``fused`` (PEFT); see ``moe_form``.
     Collectives:
-        all_gather over each tensor-parallel group, gather_object over each pipeline group, one all_gather_object.
+        all_gather over each tensor- and expert-tensor-parallel group, gather_object over each expert- and
+        pipeline-parallel group, one all_gather_object.
     Returns:
         ``out_dir``, complete on disk when any rank returns.
     Raises:
@@ -35,7 +39,8 @@ def export_peft(model, out_dir: str | os.PathLike, *, hf_checkpoint: str | os.Pa
     problem = _trained_base(model)
     if problem is None and projections is not None and _is_writer():
         try:
-            write_adapter(out_dir, *to_peft(projections, config_of(model), hf_checkpoint), base=hf_checkpoint)
+            adapter = to_peft(projections, config_of(model), hf_checkpoint, moe_format=moe_format)
+            write_adapter(out_dir, *adapter, base=hf_checkpoint)
         except (ValueError, OSError) as error:
             problem = error
     _raise_everywhere(problem)
@@ -55,20 +60,26 @@ def _trained_base(model) -> ValueError | None:
 
 
 def gather_projections(model) -> list[Projection] | None:
-    """Every adapted projection whole, in layer order, on the first pipeline stage's ranks; None on other stages."""
-    local = [projection for linear in iter_adapters(model) for projection in _gather_linear(linear)]
-    group = pipeline_group()
+    """Every adapted projection whole, in layer order, on rank 0. Other ranks get a part of them, or None."""
+    local = [projection for linear in iter_linears(model) for projection in _gather_linear(linear)]
+    # Rank 0 is first in its expert group, and so are its peers of the other pipeline stages in theirs.
+    experts = _gather_on_first([p for p in local if ".mlp.experts." in p.name], expert_group())
+    if experts is not None:
+        local = [p for p in local if ".mlp.experts." not in p.name] + experts
+    found = _gather_on_first(local, pipeline_group())
+    return None if found is None else sorted(found, key=lambda p: int(p.name.split(".")[2]))
+
+
+def _gather_on_first(items: list, group) -> list | None:
+    """The items of all ranks, in rank order, on the first rank of a group; None on the others."""
     if group is None:
-        return local
-    is_first = group.rank() == 0
-    stages = [None] * group.size() if is_first else None
-    dist.gather_object(local, stages, dst=dist.get_global_rank(group, 0), group=group)
-    if not is_first:
-        return None
-    return sorted((p for stage in stages for p in stage), key=lambda p: int(p.name.split(".")[2]))
+        return items
+    gathered = [None] * group.size() if group.rank() == 0 else None
+    dist.gather_object(items, gathered, dst=dist.get_global_rank(group, 0), group=group)
+    return None if gathered is None else [item for rank in gathered for item in rank]
 
 
-def _gather_linear(linear: LoRALinear) -> list[Projection]:
+def _gather_linear(linear: LoRALinear | OneExpert) -> list[Projection]:
     spec = linear.lora
     names = {name.rsplit(".", 1)[-1]: name for name in hf_names(spec.name)}
     projections = []
@@ -76,7 +87,7 @@ def _gather_linear(linear: LoRALinear) -> list[Projection]:
         A, B = spec.part_A(linear.lora_A.detach(), i), spec.part_B(linear.lora_B.detach(), i)
         if spec.parallel == "column":
             B = _gather_tp(B, linear.lora_tp_group, dim=0)
-        else:
+        elif spec.parallel == "row":
             A = _gather_tp(A, linear.lora_tp_group, dim=1)
         rank = spec.ranks[i]
         A, B = A[:rank].cpu(), B[:, :rank].cpu()

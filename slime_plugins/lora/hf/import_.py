@@ -22,6 +22,7 @@ import torch
 
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.hf.checks import absent_targets, config_problems, unsupported
+from slime_plugins.lora.hf.moe_form import per_expert
 from slime_plugins.lora.hf.peft_config import module_alpha, module_rank, module_scaling, parse_key
 from slime_plugins.lora.hf.peft_files import AdapterTensors, read_adapter, validate_adapter
 from slime_plugins.lora.names import hf_names, megatron_name, spellings
@@ -50,7 +51,10 @@ class PeftAdapter:
     def __init__(self, adapter_dir: str | os.PathLike):
         self.directory = Path(adapter_dir)
         self.config, self._tensors = read_adapter(adapter_dir)
-        problems = config_problems(self.config) or unsupported(self.config)
+        problems = config_problems(self.config)
+        if not problems:
+            self.config, self._tensors = per_expert(self.config, self._tensors)
+            problems = unsupported(self.config)
         if problems:
             raise ValueError(f"{adapter_dir}: {problems[0]}: it cannot be imported")
         if self.config.get("modules_to_save"):

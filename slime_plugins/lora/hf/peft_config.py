@@ -65,11 +65,18 @@ def module_scaling(config: Mapping[str, Any], module: str) -> float:
 def target_list(adapted: Iterable[str], base_linears: Iterable[str]) -> list[str]:
     """The shortest ``target_modules`` that selects exactly ``adapted`` among ``base_linears``.
 
-    A leaf name (``q_proj``) where every module of that name is adapted, full names otherwise.
+    Of each name the shortest dotted end within its layer that no other linear has (``q_proj``, ``experts.3.up_proj``),
+    or all of it.
     """
     adapted = set(adapted)
-    others = {name.rpartition(".")[2] for name in base_linears if name not in adapted}
-    return sorted({name if (leaf := name.rpartition(".")[2]) in others else leaf for name in adapted})
+    others = {end for name in base_linears if name not in adapted for end in _ends(name)}
+    return sorted({next((end for end in _ends(name) if end not in others), name) for name in adapted})
+
+
+def _ends(name: str) -> list[str]:
+    """Dotted ends of a name up to its layer's number, shortest first, none of them starting with a number."""
+    pieces = re.sub(r"^.*\.layers\.\d+\.", "", name).split(".")
+    return [".".join(pieces[i:]) for i in reversed(range(len(pieces))) if not pieces[i].isdigit()]
 
 
 def _ends_with(module: str, names: Iterable[str]) -> bool:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from slime_plugins.lora.hf.atomic import replaced_directory
 from slime_plugins.lora.hf.checks import absent_targets, config_problems, tensor_problems
 from slime_plugins.lora.hf.headers import BaseCheckpoint
+from slime_plugins.lora.hf.moe_form import per_expert
 from slime_plugins.lora.hf.peft_config import parse_key
 from slime_plugins.lora.hf.torch_file import TorchFile
 
@@ -33,7 +34,7 @@ _BASE = "slime_lora.base"  # metadata: fingerprint of the base checkpoint
 # Fields that change what the adapter computes. The others (base path, task type) may be edited freely.
 _MEANING = (
     "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
-    "alpha_pattern", "use_rslora", "use_dora", "bias", "fan_in_fan_out", "modules_to_save",
+    "alpha_pattern", "use_rslora", "use_dora", "bias", "fan_in_fan_out", "modules_to_save", "target_parameters",
 )  # fmt: skip
 
 
@@ -153,7 +154,7 @@ def read_adapter(adapter_dir: str | os.PathLike) -> tuple[dict[str, Any], Adapte
 
 def validate_adapter(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise ValueError, naming the tensor, unless this is a whole, finite adapter that its config describes."""
-    problems = config_problems(config) or tensor_problems(config, tensors)
+    problems = config_problems(config) or tensor_problems(*per_expert(config, tensors))
     if problems:
         raise ValueError(_summary([problem.message for problem in problems]))
 

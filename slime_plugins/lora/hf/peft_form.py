@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from slime_plugins.lora.config import LoRAConfig
+from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.hf.headers import BaseCheckpoint
+from slime_plugins.lora.hf.moe_export import for_experts
+from slime_plugins.lora.hf.moe_form import FORMATS
 from slime_plugins.lora.hf.peft_config import key_of, target_list
+from slime_plugins.lora.names import spellings
 
 
 @dataclass(frozen=True)
@@ -28,21 +32,31 @@ class Projection:
 
 
 def to_peft(
-    projections: list[Projection], config: LoRAConfig, hf_checkpoint: str | os.PathLike, *, patterns: bool = False
+    projections: list[Projection],
+    config: LoRAConfig,
+    hf_checkpoint: str | os.PathLike,
+    *,
+    patterns: bool = False,
+    moe_format: str = "per-expert",
 ) -> tuple[dict, dict[str, torch.Tensor]]:
     """``adapter_config.json`` and the tensors of ``adapter_model.safetensors``.
 
     By default in the flat form of design section 3: one rank (the largest; smaller ones padded with zero rows) and
     one alpha (other scalings folded into B), because SGLang ignores patterns and ``use_rslora`` in silence.
     ``patterns``: ranks and alphas as they were trained, in PEFT's ``rank_pattern`` and ``alpha_pattern``.
+    ``moe_format``: of routed experts, see ``moe_form``; ``fused`` experts have no patterns of their own.
 
     Raises:
-        UsageError: ``hf_checkpoint`` is not a checkpoint directory.
+        UsageError: ``hf_checkpoint`` is not a checkpoint directory, or a format that there is not.
         ValueError: no projection at all, or one that does not fit the base.
     """
     if not projections:
         raise ValueError("there is no adapter to export: no linear of this model carries one")
+    if moe_format not in FORMATS or (patterns and moe_format == "fused"):
+        known = " or ".join(FORMATS)
+        raise UsageError(f"--moe-format {moe_format}: expected {known}; with --peft-patterns only {FORMATS[0]}")
     base = BaseCheckpoint(hf_checkpoint)
+    projections = [_as_spelled(p, base) for p in projections]
     for p in projections:
         _check_fits(p, base)
     ranks = [p.A.shape[0] for p in projections]
@@ -63,7 +77,13 @@ def to_peft(
         A, B = (p.A.detach().cpu(), p.B.detach().cpu()) if patterns else _flat(p, rank, scaling)
         tensors[key_of(p.name, "A")] = A
         tensors[key_of(p.name, "B")] = B
-    return peft_config, tensors
+    return for_experts(peft_config, tensors, base, moe_format)
+
+
+def _as_spelled(p: Projection, base: BaseCheckpoint) -> Projection:
+    """Under the name that the base has for it, if it has one."""
+    found = next((name for name in spellings(p.name) if name in base.linears), p.name)
+    return replace(p, name=found)
 
 
 def _check_fits(p: Projection, base: BaseCheckpoint) -> None:

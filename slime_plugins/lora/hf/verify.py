@@ -17,6 +17,7 @@ import torch
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.hf.checks import FLOATS, Problem, absent_targets, config_problems, tensor_problems, unsupported
 from slime_plugins.lora.hf.headers import BaseCheckpoint
+from slime_plugins.lora.hf.moe_form import per_expert
 from slime_plugins.lora.hf.peft_config import is_target, key_of, module_scaling, parse_key
 from slime_plugins.lora.hf.peft_files import AdapterTensors, open_tensors, read_config
 
@@ -86,11 +87,16 @@ def verify_adapter(adapter_dir: str | os.PathLike, hf_checkpoint: str | os.PathL
     if config is None or tensors is None or report.problems:
         return report
 
+    report.problems += [Problem(kind="config", message=line) for line in tensors.config_changes(config)]
+    try:
+        config, tensors = per_expert(config, tensors)
+    except (KeyError, ValueError) as error:
+        report.problems.append(Problem(kind="shape", message=str(error)))
+        return report
     watched = _Watched(tensors)
     problems = tensor_problems(config, watched)
     report.problems += watched.faults + problems
     report.problems += [Problem(kind="checksum", message=f"{name} is lost", tensor=name) for name in tensors.lost()]
-    report.problems += [Problem(kind="config", message=line) for line in tensors.config_changes(config)]
     report.problems += unsupported(config)
     watched.fill(report)
     shapes = watched.shapes
