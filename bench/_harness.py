@@ -172,13 +172,23 @@ def _init_rank(setting: Setting, rank: int, store: str) -> None:
 class Trainer:
     """One form of the model with its DDP, optimizer and batch."""
 
-    def __init__(self, variant: str, shapes: Shapes, setting: Setting, *, rank: int, layout: str = "fused") -> None:
+    def __init__(
+        self,
+        variant: str,
+        shapes: Shapes,
+        setting: Setting,
+        *,
+        rank: int,
+        layout: str = "fused",
+        embedding_gradient: bool = True,
+    ) -> None:
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
         model = _build_model(shapes, setting)
         _make_trainable(model, variant, rank, layout)
-        model.embedding.register_forward_hook(_require_grad)
+        if embedding_gradient or variant != "lora":
+            model.embedding.register_forward_hook(_require_grad)
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
         self.model = DistributedDataParallel(model.config, ddp_config, model)

@@ -43,12 +43,14 @@ def main() -> int:
         for setting in settings_here():
             if args.settings and str(setting) not in args.settings:
                 continue
-            ranks = run_ranks(measure, setting, shapes, args.rank, args.layout, args.rounds, args.warmup)
+            how = (args.rank, args.layout, not args.no_embedding_gradient)
+            ranks = run_ranks(measure, setting, shapes, how, args.rounds, args.warmup)
             result = summarize(setting, shapes, ranks)
             results.append(result)
             print(line_of(result), file=sys.stderr, flush=True)
     print(render(results, args.rank, args.layout))
-    print(write_json("step_time.json", {"rank": args.rank, "layout": args.layout, "results": results}, args.json))
+    flags = {name: getattr(args, name) for name in ("rank", "layout", "no_embedding_gradient", "rounds")}
+    print(write_json("step_time.json", {**flags, "results": results}, args.json))
     return 0
 
 
@@ -59,6 +61,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="default: 512 on a CPU, 2048 with CUDA")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters (default: 16)")
     parser.add_argument("--layout", choices=("fused", "split"), default="fused")
+    parser.add_argument(
+        "--no-embedding-gradient",
+        action="store_true",
+        help="LoRA as it runs without activation recompute: the first layer's input needs no gradient",
+    )
     parser.add_argument("--rounds", type=int, default=12, help="measured rounds (default: 12)")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before them (default: 2)")
     parser.add_argument("--settings", nargs="+", metavar="SETTING", help="of TP=1 TP=2 TP=2+SP (default: all)")
@@ -72,9 +79,13 @@ def shapes_of(args: argparse.Namespace) -> list[Shapes]:
     return [cpu_shapes(h, num_layers=args.layers or 4, tokens=args.tokens or 512) for h in args.hidden]
 
 
-def measure(setting: Setting, shapes: Shapes, rank: int, layout: str, rounds: int, warmup: int) -> dict:
+def measure(setting: Setting, shapes: Shapes, how: tuple[int, str, bool], rounds: int, warmup: int) -> dict:
     """One rank's seconds: variant -> list over rounds, for wall and processor time."""
-    trainers = {name: Trainer(name, shapes, setting, rank=rank, layout=layout) for name in VARIANTS}
+    rank, layout, embedding_gradient = how
+    trainers = {
+        name: Trainer(name, shapes, setting, rank=rank, layout=layout, embedding_gradient=embedding_gradient)
+        for name in VARIANTS
+    }
     saved = {name: saved_activation_bytes(trainer) for name, trainer in trainers.items()}
     seconds = {"wall": {name: [] for name in VARIANTS}, "cpu": {name: [] for name in VARIANTS}}
     for round_number in range(warmup + rounds):
