@@ -152,3 +152,72 @@ def router(layout: Layout, hf_dir, config):
         by_hand = logits_of(layout, chunks)
     assert not torch.allclose(on, off)
     return adapted.relative(on - by_hand, by_hand)
+
+
+def export(layout: Layout, hf_dir, config, values, out, moe_format):
+    from slime_plugins.lora import export_peft
+
+    chunks = chunks_of(layout, hf_dir, True, config, values)
+    export_peft(chunks, out, hf_checkpoint=hf_dir, moe_format=moe_format)
+
+
+def imported(layout: Layout, hf_dir, adapter_dir, values):
+    """Largest difference of this rank's adapters, after an import, from the values they came from."""
+    from slime_plugins.lora import LoRAConfig, import_peft
+
+    config = LoRAConfig.from_peft(adapter_dir)
+    chunks = chunks_of(layout, hf_dir, True, config)
+    import_peft(chunks, adapter_dir)
+    worst = 0.0
+    for linear in iter_linears(chunks):
+        As, Bs = adapted.shard(linear, values)
+        for i, (A, B) in enumerate(zip(As, Bs)):
+            spec = linear.lora
+            worst = max(worst, (spec.part_A(linear.lora_A, i) - A).abs().max().item())
+            worst = max(worst, (spec.part_B(linear.lora_B, i) - B).abs().max().item())
+    return worst
+
+
+def save_trained(layout: Layout, hf_dir, config, values, path):
+    """Two steps of Adam, a checkpoint; weights and state as ``state_of``."""
+    from slime_plugins.lora import save_adapter
+
+    model, optimizer = _adam(layout, hf_dir, config)
+    adapted.set_values(model, values)
+    optimizer.reload_model_params()
+    for _ in range(2):
+        adapted.train_step(model, optimizer, TOKENS, microbatches=layout.pp)
+    save_adapter(model, path, optimizer=optimizer, step=2)
+    return state_of(model, optimizer)
+
+
+def load_and_save(layout: Layout, hf_dir, config, source, target):
+    from slime_plugins.lora import load_adapter, save_adapter
+
+    model, optimizer = _adam(layout, hf_dir, config)
+    load_adapter(model, source, optimizer=optimizer)
+    save_adapter(model, target, optimizer=optimizer, step=2)
+    return state_of(model, optimizer)
+
+
+def _adam(layout, hf_dir, config):
+    model = adapted.wrap(chunks_of(layout, hf_dir, True, config), distributed_optimizer=False)
+    return model, adapted.optimizer_for(model, lr=1e-2, distributed_optimizer=False)
+
+
+def state_of(model, optimizer) -> dict:
+    """Shards of weights and of Adam's moments, in the form that ``whole`` puts together."""
+    states = {}
+    for one in optimizer.chained_optimizers:
+        states |= one.optimizer.state if one.optimizer is not None else {}
+    found = {}
+    for linear in iter_linears(model):
+        spec, tp_rank = linear.lora, linear.lora_tp_group.rank()
+        owner, at = (linear.owner, linear.index) if hasattr(linear, "owner") else (linear, slice(None))
+        for name in ("value", "exp_avg", "exp_avg_sq"):
+            A, B = ((p.detach() if name == "value" else states[p][name])[at] for p in (owner.lora_A, owner.lora_B))
+            for i, part in enumerate(spec.parts):
+                A_dim, B_dim = {"row": (1, None), "column": (None, 0)}.get(spec.parallel, (None, None))
+                found[spec.name, part.name, f"A {name}"] = spec.part_A(A, i).clone(), tp_rank, A_dim
+                found[spec.name, part.name, f"B {name}"] = spec.part_B(B, i).clone(), tp_rank, B_dim
+    return found

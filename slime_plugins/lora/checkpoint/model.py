@@ -129,7 +129,7 @@ def fingerprint_of_model(model) -> dict[str, Any]:
             if parameter.dtype.is_floating_point:
                 layers.append(layer)
                 sums.append(base.checksum(parameter))
-                experts.append(not getattr(parameter, "allreduce", True))
+                experts.append(".mlp.experts." in name)
                 dtype = dtype or parameter.dtype
             else:
                 packed[layer] = 1

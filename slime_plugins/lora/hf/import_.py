@@ -137,7 +137,7 @@ def config_from_peft(adapter_dir: str | os.PathLike, layout: str | None = None) 
         rank=rank,
         alpha=float(alpha),
         dropout=float(config.get("lora_dropout") or 0.0),
-        target_modules=_targets(source),
+        target_modules=_all_experts(_targets(source)),
         layout=layout,
         dtype=str(dtype).removeprefix("torch."),
         rank_pattern=_pattern(ranks, rank),
@@ -341,6 +341,11 @@ def _targets(source: PeftAdapter) -> tuple[str, ...]:
         return source.modules
     idle = absent_targets(config, source.modules)
     return tuple(name for name in targets if name not in idle)
+
+
+def _all_experts(targets: tuple[str, ...]) -> tuple[str, ...]:
+    """``experts.3.up_proj`` -> ``experts.up_proj``: experts are adapted together."""
+    return tuple(dict.fromkeys(re.sub(r"(^|\.)experts\.\d+\.", r"\1experts.", name) for name in targets))
 
 
 def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
