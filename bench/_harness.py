@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -169,39 +170,46 @@ def _init_rank(setting: Setting, rank: int, store: str) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
 
 
-class Trainer:
-    """One form of the model with its DDP, optimizer and batch."""
+def trainer_of(
+    variant: str,
+    shapes: Shapes,
+    setting: Setting,
+    *,
+    rank: int,
+    layout: str = "fused",
+    embedding_gradient: bool = True,
+) -> Trainer:
+    """One form of the dense model of these shapes, ready to step."""
+    model = build_model(shapes, setting)
+    if variant == "frozen":
+        freeze(model)
+    elif variant == "lora":
+        add_lora(model, rank=rank, layout=layout)
+    if embedding_gradient or variant != "lora":
+        model.embedding.register_forward_hook(require_grad)
+    return Trainer(model, shapes.vocab_size, shapes.tokens)
 
-    def __init__(
-        self,
-        variant: str,
-        shapes: Shapes,
-        setting: Setting,
-        *,
-        rank: int,
-        layout: str = "fused",
-        embedding_gradient: bool = True,
-    ) -> None:
+
+class Trainer:
+    """A model with its DDP, optimizer and batch: what may train in it is chosen already."""
+
+    def __init__(self, model: torch.nn.Module, vocab_size: int, tokens: int) -> None:
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-        model = _build_model(shapes, setting)
-        _make_trainable(model, variant, rank, layout)
-        if embedding_gradient or variant != "lora":
-            model.embedding.register_forward_hook(_require_grad)
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
         self.model = DistributedDataParallel(model.config, ddp_config, model)
-        bf16 = shapes.dtype == "bfloat16"
+        bf16 = model.config.bf16
         optimizer_config = OptimizerConfig(
             optimizer="adam", lr=1e-5, weight_decay=0.0, clip_grad=1.0, use_distributed_optimizer=True, bf16=bf16
         )
         self.optimizer = get_megatron_optimizer(optimizer_config, [self.model])
         generator = torch.Generator().manual_seed(0)
         device = torch.cuda.current_device()
-        batch = torch.randint(0, shapes.vocab_size, (1, shapes.tokens + 1), generator=generator).to(device)
+        batch = torch.randint(0, vocab_size, (1, tokens + 1), generator=generator).to(device)
         self.tokens, self.labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-        self.positions = torch.arange(shapes.tokens, device=device)[None]
+        self.positions = torch.arange(tokens, device=device)[None]
 
     def forward(self) -> torch.Tensor:
         """Mean loss of the batch."""
@@ -218,7 +226,13 @@ class Trainer:
         self.optimizer.step()
 
 
-def _build_model(shapes: Shapes, setting: Setting) -> torch.nn.Module:
+def build_model(shapes: Shapes, setting: Setting, layer: Any = None, **of_config: Any) -> torch.nn.Module:
+    """A GPTModel of these shapes, the same random weights at every call.
+
+    Args:
+        layer: spec of a decoder layer in place of the dense one.
+        of_config: more fields of the TransformerConfig.
+    """
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -245,7 +259,8 @@ def _build_model(shapes: Shapes, setting: Setting) -> torch.nn.Module:
     config = transformer_config(
         base, dtype=dtype, sequence_parallel=setting.sequence_parallel, vpp=None, recompute=None
     )
-    layers = [local_layer_spec(base, config)] * shapes.num_layers
+    config = dataclasses.replace(config, **of_config)
+    layers = [layer or local_layer_spec(base, config)] * shapes.num_layers
     model = GPTModel(
         config,
         TransformerBlockSubmodules(layers, layer_norm=RMSNorm),
@@ -255,6 +270,7 @@ def _build_model(shapes: Shapes, setting: Setting) -> torch.nn.Module:
         position_embedding_type="rope",
         rotary_base=base.rope_theta,
     )
+    torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -262,22 +278,25 @@ def _build_model(shapes: Shapes, setting: Setting) -> torch.nn.Module:
     return model.to(torch.cuda.current_device())
 
 
-def _make_trainable(model: torch.nn.Module, variant: str, rank: int, layout: str) -> None:
-    if variant == "frozen":
-        model.requires_grad_(False)
-        # The optimizer must hold something; a vector of ``hidden`` numbers costs nothing measurable.
-        model.decoder.final_layernorm.weight.requires_grad_(True)
-    elif variant == "lora":
-        from slime_plugins.lora import LoRAConfig, apply_lora
-        from slime_plugins.lora.adapters import iter_adapters
-
-        apply_lora(model, LoRAConfig(rank=rank, alpha=2 * rank, layout=layout))
-        with torch.no_grad():
-            for linear in iter_adapters(model):
-                linear.lora_B.normal_(0.0, 0.02)
+def freeze(model: torch.nn.Module) -> None:
+    """Nothing trains but the final norm: the optimizer must hold something, and ``hidden`` numbers cost nothing."""
+    model.requires_grad_(False)
+    model.decoder.final_layernorm.weight.requires_grad_(True)
 
 
-def _require_grad(module, inputs, output: torch.Tensor) -> None:
+def add_lora(model: torch.nn.Module, **config: Any) -> None:
+    """Adapters of some training's values: with B at zero the backward would multiply zeros."""
+    from slime_plugins.lora import LoRAConfig, apply_lora
+    from slime_plugins.lora.adapters import iter_adapters
+
+    apply_lora(model, LoRAConfig(alpha=2 * config["rank"], **config))
+    with torch.no_grad():
+        for linear in iter_adapters(model):
+            linear.lora_B.normal_(0.0, 0.02)
+
+
+def require_grad(module, inputs, output: torch.Tensor) -> None:
+    """Forward hook: the output asks for a gradient, as under activation recompute."""
     if output.is_leaf:
         output.requires_grad_(True)
 
@@ -298,6 +317,29 @@ def saved_activation_bytes(trainer: Trainer) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         trainer.forward().backward()
     return sum(storages.values())
+
+
+def take_turns(trainers: dict[str, Trainer], rounds: int, warmup: int) -> dict[str, dict[str, list[float]]]:
+    """This rank's seconds, one step of each form after the other: clock (wall, cpu) -> form -> list over rounds."""
+    seconds = {"wall": {name: [] for name in trainers}, "cpu": {name: [] for name in trainers}}
+    for round_number in range(warmup + rounds):
+        for name, trainer in trainers.items():
+            torch.distributed.barrier()
+            torch.cuda.synchronize()
+            wall, cpu = time.perf_counter(), time.process_time()
+            trainer.step()
+            torch.cuda.synchronize()
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            if round_number >= warmup:
+                seconds["wall"][name].append(wall)
+                seconds["cpu"][name].append(cpu)
+    return seconds
+
+
+def paired_ratio(numerators: list[float], denominators: list[float]) -> dict[str, float]:
+    ratios = sorted(a / b for a, b in zip(numerators, denominators))
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {"median": middle, "quartile_1": low, "quartile_3": high}
 
 
 def machine() -> dict[str, Any]:

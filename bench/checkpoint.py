@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _harness import Setting, Trainer, cpu_shapes, qwen3_4b, run_ranks, table, write_json
+from _harness import Setting, cpu_shapes, qwen3_4b, run_ranks, table, trainer_of, write_json
 
 SETTINGS = (Setting(1, False), Setting(2, False))
 COLUMN = ("linear_qkv", "linear_fc1")
@@ -72,7 +72,7 @@ def _adapter(setting, shapes, rank, rounds, folder) -> dict:
     from slime_plugins.lora import load_adapter, save_adapter
     from slime_plugins.lora.adapters import iter_adapters
 
-    trainer = Trainer("lora", shapes, setting, rank=rank)
+    trainer = trainer_of("lora", shapes, setting, rank=rank)
     trainer.step()
     model, optimizer, step = trainer.model, trainer.optimizer, iter(range(1000))
     times = {
@@ -97,7 +97,7 @@ def _full(setting, shapes, rank, rounds, folder) -> dict:
     from megatron.core import dist_checkpointing
     from megatron.core import parallel_state as mpu
 
-    trainer = Trainer("full", shapes, setting, rank=rank)
+    trainer = trainer_of("full", shapes, setting, rank=rank)
     trainer.step()
     model, optimizer = trainer.model.module, trainer.optimizer
     metadata = {

@@ -21,7 +21,18 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from _harness import SETTINGS, VARIANTS, Setting, Shapes, Trainer, cpu_shapes, run_ranks, table, write_json
+from _harness import (
+    SETTINGS,
+    VARIANTS,
+    Setting,
+    Shapes,
+    Trainer,
+    cpu_shapes,
+    run_ranks,
+    table,
+    trainer_of,
+    write_json,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LAYOUTS = ("fused", "split")
@@ -119,9 +130,9 @@ def count(setting: Setting, shapes: Shapes, rank: int, layouts: list[str]) -> di
     """One rank: layout -> variant -> bytes of one step (the second; a first one may set things up)."""
     sent = {}
     for variant in ("full", "frozen"):
-        sent[variant] = _count_step(Trainer(variant, shapes, setting, rank=rank))
+        sent[variant] = _count_step(trainer_of(variant, shapes, setting, rank=rank))
     return {
-        layout: {**sent, "lora": _count_step(Trainer("lora", shapes, setting, rank=rank, layout=layout))}
+        layout: {**sent, "lora": _count_step(trainer_of("lora", shapes, setting, rank=rank, layout=layout))}
         for layout in layouts
     }
 

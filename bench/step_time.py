@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -22,13 +21,15 @@ from _harness import (
     VARIANTS,
     Setting,
     Shapes,
-    Trainer,
     cpu_shapes,
+    paired_ratio,
     qwen3_4b,
     run_ranks,
     saved_activation_bytes,
     settings_here,
     table,
+    take_turns,
+    trainer_of,
     write_json,
 )
 
@@ -83,22 +84,11 @@ def measure(setting: Setting, shapes: Shapes, how: tuple[int, str, bool], rounds
     """One rank's seconds: variant -> list over rounds, for wall and processor time."""
     rank, layout, embedding_gradient = how
     trainers = {
-        name: Trainer(name, shapes, setting, rank=rank, layout=layout, embedding_gradient=embedding_gradient)
+        name: trainer_of(name, shapes, setting, rank=rank, layout=layout, embedding_gradient=embedding_gradient)
         for name in VARIANTS
     }
     saved = {name: saved_activation_bytes(trainer) for name, trainer in trainers.items()}
-    seconds = {"wall": {name: [] for name in VARIANTS}, "cpu": {name: [] for name in VARIANTS}}
-    for round_number in range(warmup + rounds):
-        for name, trainer in trainers.items():
-            torch.distributed.barrier()
-            torch.cuda.synchronize()
-            wall, cpu = time.perf_counter(), time.process_time()
-            trainer.step()
-            torch.cuda.synchronize()
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            if round_number >= warmup:
-                seconds["wall"][name].append(wall)
-                seconds["cpu"][name].append(cpu)
+    seconds = take_turns(trainers, rounds, warmup)
     return {**seconds, "trainable": {n: t.trainable for n, t in trainers.items()}, "saved_bytes": saved}
 
 
@@ -116,12 +106,6 @@ def summarize(setting: Setting, shapes: Shapes, ranks: list[dict]) -> dict:
             "full_over_frozen": paired_ratio(steps["full"], steps["frozen"]),
         }
     return result
-
-
-def paired_ratio(numerators: list[float], denominators: list[float]) -> dict[str, float]:
-    ratios = sorted(a / b for a, b in zip(numerators, denominators))
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return {"median": middle, "quartile_1": low, "quartile_3": high}
 
 
 def line_of(result: dict) -> str:

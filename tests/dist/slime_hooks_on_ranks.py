@@ -330,7 +330,7 @@ def metrics(layout: Layout, hf_dir):
             if linear.lora.name == "decoder.layers.1.mlp.linear_fc2":
                 linear.lora_B.zero_()
     dead = measure(model)["dead"]
-    model[0].lora_last_sync = Sync(None, {}, bytes=10.0, seconds=2.0, update=4.0, lost=1.0)
+    model[0].lora_last_sync = Sync(None, {}, bytes=10.0, seconds=2.0, update=4.0, lost=1.0, merged={1})
     last = mpu.is_pipeline_last_stage()
     step = measuring(lambda args, rollout_id, model: ({"loss": 1.0} if last else {}, 0.5))
     losses, grad_norm = step(None, 3, model)

@@ -39,3 +39,25 @@ def test_step_time(tmp_path):
             result["saved_mib_rank0"]["frozen"] < result["saved_mib_rank0"]["lora"] < result["saved_mib_rank0"]["full"]
         )
     assert "LoRA/frozen" in text
+
+
+@pytest.mark.slow
+def test_experts(tmp_path):
+    """The script itself refuses to compare two forms of LoRA that compute different models."""
+    sizes = (
+        "--hidden",
+        "64",
+        "--expert-ffn",
+        "32",
+        "--experts",
+        "6",
+        "--topk",
+        "2",
+        "--layers",
+        "1",
+        "--tokens",
+        "40",
+    )
+    report, text = bench("experts.py", tmp_path / "experts.json", *sizes, "--rounds", "2")
+    assert set(report["over_frozen"]) == {"lora", "loop"} and report["over_frozen"]["lora"]["median"] > 0
+    assert "1.15" in text

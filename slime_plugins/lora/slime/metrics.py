@@ -68,20 +68,21 @@ def measure(model) -> dict[str, float]:
             row[2] += update.numel()
     _all_reduce(sums[1], mpu.get_expert_model_parallel_group())
     sync = getattr(model[0], "lora_last_sync", None)
-    # Shards of one tensor-parallel group; in the last two a share of sums, for which experts need no exact weighing.
-    sent = torch.tensor([sync.update, sync.lost] if sync else [0.0, 0.0], dtype=torch.float64, device=device)
+    # Shards of one tensor-parallel group; a share of sums, for which experts need no exact weighing.
+    sent = [sync.update, sync.lost, len(sync.merged)] if sync else [0.0, 0.0, 0]
+    sent = torch.tensor(sent, dtype=torch.float64, device=device)
     _all_reduce(sent, mpu.get_tensor_model_parallel_group())
     size = torch.tensor([sync.bytes if sync else 0.0], dtype=torch.float64, device=device)
     totals = torch.cat([sums.sum(0), sent, size])
     seconds = torch.tensor([sync.seconds if sync else 0.0], device=device)
     _all_reduce(totals, mpu.get_pipeline_model_parallel_group())
     _all_reduce(seconds, mpu.get_pipeline_model_parallel_group(), dist.ReduceOp.MAX)
-    update, ratios, count, dead, merged, lost, size = totals.tolist()
+    update, ratios, count, dead, sent_update, lost, merged, size = totals.tolist()
     measured = {"update_norm": update**0.5, "update_ratio": ratios / max(count, 1), "dead": dead}
     if size:
         measured.update(sync_bytes=size, sync_seconds=seconds.item())
-    if merged:
-        measured["sync_lost"] = lost / merged
+    if merged:  # the very first update is zero, and none of it is lost
+        measured["sync_lost"] = lost / (sent_update or 1)
     return measured
 
 
