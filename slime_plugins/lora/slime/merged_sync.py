@@ -35,6 +35,8 @@ class Sync:
     """Sum of |scaling B A| over the merged elements of this rank's shards."""
     lost: float | torch.Tensor = 0.0
     """The part of ``update`` on elements that rounding has put back to the base's value."""
+    read_bytes: float = 0.0
+    """Of weights that slime has read on this rank and handed to an engine itself, outside of a gathered bucket."""
     merged: set[int] = field(default_factory=set)
     """``id`` of every base weight that has been merged; all of them, in a sync that has gone well."""
 
@@ -52,6 +54,7 @@ def syncing(update_weights):
             return update_weights(self)
         with sending(self.model, self.weights_backuper) as sync:
             result = update_weights(self)
+        sync.bytes += _read_everywhere(sync)
         if sync.bytes:  # slime skips the sync where there is no engine
             self.model[0].lora_last_sync = sync
         updater = getattr(self, "weight_updater", None)
@@ -60,6 +63,16 @@ def syncing(update_weights):
         return result
 
     return hooked
+
+
+def _read_everywhere(sync: Sync) -> float:
+    """This pipeline stage's share of what was sent outside of buckets: experts, each by one rank that holds it."""
+    from megatron.core import mpu
+
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    total = torch.tensor([sync.read_bytes], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total)
+    return total.item() / mpu.get_pipeline_model_parallel_world_size()
 
 
 def is_sending() -> bool:
@@ -131,7 +144,9 @@ def merging_bucket(get_full_params):
             return get_full_params(infos, weights, *args, **kwargs)
         if not isinstance(weights, MergedWeights):
             weights = MergedWeights.of(weights, _current.policies)
+        read = _current.read_bytes
         full = get_full_params(infos, weights, *args, **kwargs)
+        _current.read_bytes = read
         from megatron.core import mpu
 
         # Every pipeline stage ends up with the whole bucket; its share is what makes the stages' sum the total.
@@ -165,6 +180,8 @@ class MergedWeights(Mapping):
         parameter = self._live[name]
         tensor = _offloaded_copy(parameter) if self._offloaded else parameter
         linear = self._linears.get(id(parameter))
+        if _current is not None:
+            _current.read_bytes += tensor.numel() * tensor.element_size()
         return tensor.detach() if linear is None else merge(linear, tensor, self._policies)
 
     def __iter__(self) -> Iterator[str]:
