@@ -116,6 +116,19 @@ def test_resume_at_another_tensor_parallel_size(run, straight):
         assert resumed.of(key) == pytest.approx(straight.of(key)[2:], rel=rel), key
 
 
+def test_resume_experts_at_another_split(run):
+    """EP 2 x TP 1 to EP 1 x TP 2."""
+    words, extra = (
+        ("--model", "qwen3moe", "--steps", "4", "--save-interval", "2"),
+        f"{LORA} --save-hf hf_{{rollout_id}}",
+    )
+    straight = run(*words, "--ep", "2", extra=extra)
+    check_learning(straight, 4)
+    resumed = run(*words, "--tp", "2", "--resume", extra=f"{LORA} --ckpt-step 1", of=straight)
+    for key, rel in (("kl_loss", 0.03), ("grad_norm", 0.005), ("lora/update_norm", 1e-3)):
+        assert resumed.of(key) == pytest.approx(straight.of(key)[2:], rel=rel), key
+
+
 def merge_and_unload(base: Path, adapter: Path) -> dict:
     """Weights of transformers + PEFT, merged in float32, rounded once, under the names of the base's files."""
     import torch
@@ -171,15 +184,22 @@ def test_engines_receive_the_merged_model(run, words, extra):
 
 @pytest.mark.parametrize(
     "words, extra",
-    [(("--mode", "colocate", "--tp", "2"), ""), (("--mode", "disk"), "--lora-sync-dir sync")],
-    ids=["tensors-tp2", "files-tp1"],
+    [
+        ("--mode colocate --tp 2", ""),
+        ("--mode disk", "--lora-sync-dir sync"),
+        ("--model qwen3moe --mode colocate --tp 2 --ep 2", ""),
+    ],
 )
 def test_engines_receive_the_adapter_alone(run, words, extra):
     import torch
     from safetensors.torch import load_file
 
     synced = run(
-        "--steps", "2", "--generate", *words, extra=f"{LORA} --lora-sync adapter --save-hf hf_{{rollout_id}} {extra}"
+        "--steps",
+        "2",
+        "--generate",
+        *words.split(),
+        extra=f"{LORA} --lora-sync adapter --save-hf hf_{{rollout_id}} {extra}",
     )
     check_learning(synced, 2)
     expected = load_file(synced.work / "hf_1" / "adapter_model.safetensors")
