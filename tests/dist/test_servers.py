@@ -49,7 +49,9 @@ def check_sglang(servers, adapter, keys):
     """Scaling is lora_alpha / r whatever else the config says; each key must find a buffer by its target name."""
     config = servers.LoRAConfig(str(adapter))
     assert config.lora_alpha / config.r == ALPHA / RANK
-    assert not config.hf_config.get("use_rslora") and not config.hf_config.get("rank_pattern")
+    assert not config.hf_config.get("use_rslora")
+    for pattern in (config.hf_config.get("alpha_pattern") or {}) | (config.hf_config.get("rank_pattern") or {}):
+        assert not any(re.search(pattern, key) for key in keys), "it would be ignored"
     targets = servers.get_normalized_target_modules(config.target_modules)
     stacked = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}  # its names after stacking
     for key in keys:
