@@ -17,6 +17,7 @@ from slime_plugins.lora.layers import (
     LoRALinear,
     adapt,
     adapted_class,
+    check_gradients,
     linears_of_experts,
     spec_for,
     weight_shards,
@@ -179,10 +180,11 @@ def _plan(candidates, config: LoRAConfig) -> tuple[list[tuple[torch.nn.Module, t
     targets = Targets(config.target_modules, config.exclude_modules)
     plan = []
     for name, linear in candidates:
-        parts = targets.parts_of(name)
+        parts, found = targets.parts_of(name), adapted_class(linear)
+        if found is not None:
+            check_gradients(linear, name, found[1])
         if not parts:
             continue
-        found = adapted_class(linear)
         if found is None:
             raise ValueError(f"{name} is a {type(linear).__name__}, for which there is no LoRA form; exclude it")
         lora_class, parallel = found

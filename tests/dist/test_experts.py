@@ -103,8 +103,17 @@ def test_latent_attention(te_pool, references, split):
 
 
 def test_latent_attention_of_own_linears(te_pool, references):
-    """At TP 1: with more, Megatron's own backward through its local kv down projection is wrong (docs/experts.md)."""
+    """At TP 1: with more, Megatron's own backward through its local kv down projection is wrong."""
     check(te_pool, references, "deepseek_v3", te=False, layout="fused", **SPLITS["ep2"])
+
+
+@pytest.mark.parametrize("te, sp", [(False, True), (True, False)])
+def test_latent_attention_where_megatron_is_wrong(te_pool, references, te, sp):
+    """Whatever is adapted: gradients of every layer below would be wrong, and another's on every rank."""
+    path = references("deepseek_v3")[0]
+    config = LoRAConfig(rank=RANK, alpha=ALPHA, target_modules=("linear_proj",))
+    with pytest.raises(WorkerError, match="multi-latent attention are wrong .* at tensor-parallel size 2; use"):
+        te_pool.run(moe_runs.chunks_of, path, te, config, tp=2, sp=sp, etp=1)
 
 
 @pytest.mark.parametrize("overlap", [False, True])

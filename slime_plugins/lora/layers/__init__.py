@@ -3,7 +3,7 @@
 from slime_plugins.lora.layers.adapter import LoRALinear, adapt, hide_adapters
 from slime_plugins.lora.layers.experts import OneExpert, linears_of_experts
 from slime_plugins.lora.layers.megatron import adapted_class, weight_shards
-from slime_plugins.lora.layers.spec import AdapterSpec, spec_for
+from slime_plugins.lora.layers.spec import AdapterSpec, check_gradients, spec_for
 
 __all__ = [
     "AdapterSpec",
@@ -11,6 +11,7 @@ __all__ = [
     "OneExpert",
     "adapt",
     "adapted_class",
+    "check_gradients",
     "hide_adapters",
     "linears_of_experts",
     "spec_for",

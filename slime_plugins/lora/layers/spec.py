@@ -114,6 +114,27 @@ def tp_group_of(linear: torch.nn.Module):
     return linear._tp_group if hasattr(linear, "_tp_group") else linear.tp_group
 
 
+def check_gradients(linear: torch.nn.Module, name: str, parallel: str) -> None:
+    """Refuse latent attention where Megatron's own backward is wrong, with adapters or without.
+
+    The rotary part of the key is one for all heads. Its gradient is summed over tensor-parallel ranks only on the way
+    back through Megatron's gather from the sequence-parallel region, so with a duplicated projection under sequence
+    parallelism; else each rank keeps the part of its own heads (``MLASelfAttention.get_query_key_value_tensors``).
+
+    Raises:
+        UsageError: naming the flags that go well together.
+    """
+    if not name.endswith("linear_kv_down_proj") or tp_group_of(linear).size() == 1:
+        return
+    if parallel != "duplicated" or not linear.config.sequence_parallel:
+        how = "without --sequence-parallel" if parallel == "duplicated" else "with --transformer-impl local"
+        raise UsageError(
+            f"{name}: Megatron's gradients of multi-latent attention are wrong {how} at tensor-parallel size "
+            f"{tp_group_of(linear).size()}; use --transformer-impl transformer_engine --sequence-parallel, or "
+            "tensor-parallel size 1"
+        )
+
+
 def spec_for(
     linear: torch.nn.Module, name: str, parallel: str, part_numbers: tuple[int, ...], config: LoRAConfig
 ) -> AdapterSpec:

@@ -29,14 +29,14 @@ class Sync:
     linears: dict[int, LoRALinear | OneExpert]
     """Adapted linears by ``id`` of their base weight."""
     bytes: float = 0.0
-    """This rank's share of what one engine receives."""
+    """This pipeline stage's share of what one engine receives; all ranks of a stage have the same number."""
     seconds: float = 0.0
     update: float | torch.Tensor = 0.0
     """Sum of |scaling B A| over the merged elements of this rank's shards."""
     lost: float | torch.Tensor = 0.0
     """The part of ``update`` on elements that rounding has put back to the base's value."""
     read_bytes: float = 0.0
-    """Of weights that slime has read on this rank and handed to an engine itself, outside of a gathered bucket."""
+    """Of weights that this rank alone has read for the engine, outside of buckets that all gather: its own experts."""
     merged: set[int] = field(default_factory=set)
     """``id`` of every base weight that has been merged; all of them, in a sync that has gone well."""
 
@@ -54,8 +54,8 @@ def syncing(update_weights):
             return update_weights(self)
         with sending(self.model, self.weights_backuper) as sync:
             result = update_weights(self)
-        sync.bytes += _read_everywhere(sync)
-        if sync.bytes:  # slime skips the sync where there is no engine
+        # No collective here: with --offload-train slime has taken the process groups down by now.
+        if sync.bytes or sync.read_bytes:  # slime skips the sync where there is no engine
             self.model[0].lora_last_sync = sync
         updater = getattr(self, "weight_updater", None)
         if hasattr(updater, "announce"):
@@ -63,16 +63,6 @@ def syncing(update_weights):
         return result
 
     return hooked
-
-
-def _read_everywhere(sync: Sync) -> float:
-    """This pipeline stage's share of what was sent outside of buckets: experts, each by one rank that holds it."""
-    from megatron.core import mpu
-
-    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-    total = torch.tensor([sync.read_bytes], dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(total)
-    return total.item() / mpu.get_pipeline_model_parallel_world_size()
 
 
 def is_sending() -> bool:

@@ -48,7 +48,8 @@ def measure(model) -> dict[str, float]:
     """The numbers of the module's docstring, without ``train/lora/``.
 
     Collectives:
-        one all_reduce over each tensor-parallel and expert-parallel group, two over the pipeline group.
+        one all_reduce over each tensor-parallel and expert-parallel group and over all ranks, two over the pipeline
+        group.
     """
     from megatron.core import mpu
 
@@ -73,6 +74,9 @@ def measure(model) -> dict[str, float]:
     sent = torch.tensor(sent, dtype=torch.float64, device=device)
     _all_reduce(sent, mpu.get_tensor_model_parallel_group())
     size = torch.tensor([sync.bytes if sync else 0.0], dtype=torch.float64, device=device)
+    read = torch.tensor([sync.read_bytes if sync else 0.0], dtype=torch.float64, device=device)
+    dist.all_reduce(read)
+    size += read / mpu.get_pipeline_model_parallel_world_size()
     totals = torch.cat([sums.sum(0), sent, size])
     seconds = torch.tensor([sync.seconds if sync else 0.0], device=device)
     _all_reduce(totals, mpu.get_pipeline_model_parallel_group())
