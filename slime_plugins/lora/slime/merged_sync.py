@@ -29,7 +29,7 @@ class Sync:
     linears: dict[int, LoRALinear | OneExpert]
     """Adapted linears by ``id`` of their base weight."""
     bytes: float = 0.0
-    """This pipeline stage's share of what one engine receives; all ranks of a stage have the same number."""
+    """This rank's share, among its pipeline group's, of what one engine receives."""
     seconds: float = 0.0
     update: float | torch.Tensor = 0.0
     """Sum of |scaling B A| over the merged elements of this rank's shards."""
