@@ -5,7 +5,9 @@ pytest tests/dist/test_checkpoint_saving.py
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import threading
 
 import adapted
 import checkpoint_runs as runs
@@ -135,21 +137,41 @@ def test_random_states(pool2, hf_dir, tmp_path, sizes):
     assert (runs.digest(new_state) == runs.digest(state)) == same
 
 
+@contextlib.contextmanager
+def writing_when_told():
+    """Inside, each writer waits until the event is set: the disk is slower than a training step."""
+    real, told = storage.write_shards, threading.Event()
+
+    def write_shards(*args):
+        assert told.wait(60)
+        told.clear()
+        return real(*args)
+
+    storage.write_shards = write_shards
+    try:
+        yield told
+    finally:
+        storage.write_shards = real
+
+
 def saves_beside_training(layout: Layout, hf_dir, path):
-    """Two asynchronous saves: one finished by the next save, one by hand."""
+    """Two asynchronous saves, written after the next step: one finished by the next save, one by hand."""
     run = Run(layout, hf_dir, FUSED)
     run.start()
     run.train(0, 1)
     states = [run.state()]
-    first = save_adapter(run.model, path, optimizer=run.optimizer, step=1, async_save=True)
-    unpublished = not first.path.exists()
-    run.train(1, 1)
-    states.append(run.state())
-    second = save_adapter(run.model, path, optimizer=run.optimizer, step=2, async_save=True)
-    seen = unpublished and first.finished and first.path.exists() and not second.finished
-    run.train(2, 1)
-    second.finish()
-    second.finish()
+    with writing_when_told() as write:
+        first = save_adapter(run.model, path, optimizer=run.optimizer, step=1, async_save=True)
+        unpublished = not first.path.exists()
+        run.train(1, 1)
+        states.append(run.state())
+        write.set()
+        second = save_adapter(run.model, path, optimizer=run.optimizer, step=2, async_save=True)
+        seen = unpublished and first.finished and first.path.exists() and not second.finished
+        run.train(2, 1)
+        write.set()
+        second.finish()
+        second.finish()
     found = []
     for step in (1, 2):
         load_adapter(run.model, path / f"iter_{step:07d}", optimizer=run.optimizer)
