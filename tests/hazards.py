@@ -49,17 +49,17 @@ BREAKS = [
         "2",
         "take q, k, v for consecutive blocks of rows",
         LORA + "layout.py",
-        "    q_rows = num_heads // num_query_groups * head_dim\n",
+        "    heads, pieces = num_heads // num_query_groups, 2 if gated else 1\n",
         "    head_dim, num_heads, num_query_groups = head_dim * num_query_groups, num_heads // num_query_groups, 1\n"
-        "    q_rows = num_heads * head_dim\n",
+        "    heads, pieces = num_heads, 2 if gated else 1\n",
         "tests/unit/test_layout.py tests/dist/test_base_model.py",
     ),
     Break(
         "3",
         "leave out the sum of replicated gradients under sequence parallelism",
         LORA + "layers/adapter.py",
-        "getattr(linear, name).sequence_parallel = linear.lora_sequence_parallel",
-        "getattr(linear, name).sequence_parallel = False",
+        "parameter.sequence_parallel = linear.lora_sequence_parallel",
+        "parameter.sequence_parallel = False",
         "tests/dist/test_training.py -k sizes_agree",
     ),
     Break(
@@ -82,8 +82,8 @@ BREAKS = [
         "4",
         "mark replicated halves as sharded, so that the grad norm counts them once per rank",
         LORA + "layers/adapter.py",
-        "is_parallel=sharded_dim is not None",
-        "is_parallel=True",
+        "is_parallel=sharded, dim",
+        "is_parallel=True, dim",
         "tests/dist/test_training.py -k sizes_agree",
     ),
     Break(
@@ -148,8 +148,8 @@ BREAKS = [
         "11",
         "export what one pipeline stage has",
         LORA + "hf/export.py",
-        "    if group is None:\n        return local\n",
-        "    return local\n",
+        "    found = _gather_on_first(local, pipeline_group())\n",
+        "    found = local\n",
         "tests/dist/test_export.py -k layer_numbers",
     ),
     Break(

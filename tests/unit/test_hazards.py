@@ -1,0 +1,15 @@
+"""The table of deliberate breaks still fits the code. pytest tests/unit/test_hazards.py"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import hazards  # noqa: E402
+
+
+@pytest.mark.parametrize("entry", hazards.BREAKS, ids=lambda entry: f"{entry.hazard}: {entry.what}")
+def test_the_text_is_there_once(entry):
+    assert (hazards.ROOT / entry.file).read_text().count(entry.old) == 1
+    assert (hazards.ROOT / entry.tests.split()[0].split("::")[0]).exists()
