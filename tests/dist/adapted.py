@@ -76,13 +76,16 @@ def shard(linear, values: dict[str, tuple[torch.Tensor, torch.Tensor]]):
     return As, Bs
 
 
-def own_B(linear, index: int, B: torch.Tensor) -> torch.Tensor:
-    """Rows of ``B`` (shaped like lora_B) of one part, found from the row numbers of the base weight."""
+def rows_of_B(linear, index: int) -> torch.Tensor:
+    """Rows of lora_B of one part, in Hugging Face order, found from the row numbers of the base weight.
+
+    lora_B keeps the order of the base's rows: over the whole linear, or over each part.
+    """
     spec = linear.lora
-    if not spec.in_base_order:
-        start = sum(part.size for part in spec.parts[:index])
-        return B[start : start + spec.parts[index].size]
-    return B[spec.parts[index].index()]
+    rows = spec.parts[index].index()
+    if spec.in_base_order:
+        return rows
+    return sum(part.size for part in spec.parts[:index]) + rows.argsort().argsort()
 
 
 @torch.no_grad()
@@ -107,10 +110,7 @@ def set_values(chunks, values: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> 
         As, Bs = shard(linear, values)
         linear.lora_A.copy_(torch.cat(As) if spec.split else As[0])
         for i, B in enumerate(Bs):
-            if spec.in_base_order:
-                linear.lora_B[spec.parts[i].index()] = B
-            else:
-                own_B(linear, i, linear.lora_B).copy_(B)
+            linear.lora_B[rows_of_B(linear, i)] = B
 
 
 @torch.no_grad()
@@ -122,10 +122,7 @@ def randomize(chunks, scale=0.05) -> None:
             out = part.size * (tp_size if spec.parallel == "column" else 1)
             B = scale * draw(f"B {spec.name} {part.name}", out, spec.rank)
             B = B.chunk(tp_size)[linear.lora_tp_group.rank()] if spec.parallel == "column" else B
-            if spec.in_base_order:
-                linear.lora_B[part.index()] = B.to(linear.lora_B)
-            else:
-                own_B(linear, i, linear.lora_B).copy_(B)
+            linear.lora_B[rows_of_B(linear, i)] = B.to(linear.lora_B)
 
 
 def run_schedule(model, tokens: torch.Tensor, *, microbatches=1, forward_only=False, collect_logits=False):
@@ -196,7 +193,7 @@ def gradient_errors(model, ref_grads) -> dict[str, float]:
         seen_A, seen_B = main_grads(linear)
         errors["A"] = max(errors["A"], relative(seen_A - dA, dA))
         for i, dB in enumerate(Bs):
-            errors["B"] = max(errors["B"], relative(own_B(linear, i, seen_B) - dB, dB))
+            errors["B"] = max(errors["B"], relative(seen_B[rows_of_B(linear, i)] - dB, dB))
         errors["adapters"] += 1
     return errors
 

@@ -63,7 +63,7 @@ class Run:
         adapted.randomize(self.model)
         for linear in iter_adapters(self.model):
             for i, rank in enumerate(linear.lora.ranks):  # beyond its own rank, a projection is padded with zeros
-                adapted.own_B(linear, i, linear.lora_B)[:, rank:] = 0
+                linear.lora_B[adapted.rows_of_B(linear, i), rank:] = 0
         self.optimizer.reload_model_params()
 
     def train(self, first: int, count: int) -> list[float]:

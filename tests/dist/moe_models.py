@@ -1,7 +1,7 @@
 """Tiny models with routed experts: a Hugging Face checkpoint, and the same base as Megatron chunks on every rank.
 
 ``qwen3_moe``, ``qwen2_moe`` (shared expert with a gate), ``glm4_moe`` (dense first layer, sigmoid router, shared
-expert) and ``deepseek_v3`` (the same with MLA). Weights are cut by hand here, not by the code under test.
+expert), ``deepseek_v3`` (the same with MLA) and ``qwen3_next`` (gated attention in all layers, norms around 1). Weights are cut by hand here, not by the code under test.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 VOCAB, HIDDEN, HEADS, GROUPS, HEAD_DIM = 96, 40, 4, 2, 12
 FFN, EXPERT_FFN, EXPERTS, TOPK = 56, 20, 8, 2
 MLA = {"q_lora_rank": 28, "kv_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 10}
-FAMILIES = ("qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3")
+FAMILIES = ("qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3", "qwen3_next")
 
 
 def make_checkpoint(path: Path, family: str, *, unused_experts: tuple[int, ...] = (), seed: int = 0) -> Path:
@@ -49,6 +49,10 @@ def make_checkpoint(path: Path, family: str, *, unused_experts: tuple[int, ...] 
     elif family == "qwen2_moe":
         common |= dict(shared_expert_intermediate_size=24, num_key_value_heads=GROUPS, num_hidden_layers=2)
         config = transformers.Qwen2MoeConfig(**common, num_experts=EXPERTS, norm_topk_prob=False)
+    elif family == "qwen3_next":
+        common["rope_parameters"] |= {"partial_rotary_factor": 1.0}
+        common |= dict(shared_expert_intermediate_size=24, num_hidden_layers=2, num_experts=EXPERTS)
+        config = transformers.Qwen3NextConfig(**common, **gqa, layer_types=["full_attention"] * 2, norm_topk_prob=True)
     elif family == "glm4_moe":
         config = transformers.Glm4MoeConfig(**common, **gqa, **sigmoid, use_qk_norm=True, partial_rotary_factor=1.0)
     else:
@@ -91,7 +95,7 @@ def transformer_config(hf: dict, **overrides):
 
     mla, sigmoid = "kv_lora_rank" in hf, "n_routed_experts" in hf
     shared = {}
-    if hf["model_type"] == "qwen2_moe":
+    if hf["model_type"] in ("qwen2_moe", "qwen3_next"):
         shared = dict(moe_shared_expert_intermediate_size=24, moe_shared_expert_gate=True)
     elif sigmoid:
         shared = dict(moe_shared_expert_intermediate_size=EXPERT_FFN)
@@ -122,7 +126,9 @@ def transformer_config(hf: dict, **overrides):
         kv_channels=hf["v_head_dim"] if mla else hf.get("head_dim") or HIDDEN // HEADS,
         normalization="RMSNorm",
         layernorm_epsilon=hf["rms_norm_eps"],
-        qk_layernorm=mla or hf["model_type"] in ("qwen3_moe", "glm4_moe"),
+        qk_layernorm=mla or hf["model_type"] in ("qwen3_moe", "glm4_moe", "qwen3_next"),
+        attention_output_gate=hf["model_type"] == "qwen3_next",
+        layernorm_zero_centered_gamma=hf["model_type"] == "qwen3_next",
         add_qkv_bias=hf["model_type"] == "qwen2_moe",
         add_bias_linear=False,
         gated_linear_unit=True,
@@ -278,7 +284,8 @@ def _load(chunk, weights: dict[str, torch.Tensor], config) -> None:
             leaf = name.split(".", 3)[3]
             value = _layer_value(leaf, f"model.layers.{layer}.", weights, config, tp, etp, first_expert)
         elif name == "decoder.final_layernorm.weight":
-            value = weights["model.norm.weight"]
+            # Ours multiplies by it, also where the model's norms multiply by one more than their weights.
+            value = weights["model.norm.weight"] + float(config.layernorm_zero_centered_gamma)
         elif name == "embedding.word_embeddings.weight":
             value = tp.of(weights["model.embed_tokens.weight"], 0)
         elif name == "output_layer.weight":
@@ -303,7 +310,9 @@ def _layer_value(leaf: str, prefix: str, weights, config, tp: _Cut, etp: _Cut, f
     if module == "self_attention.linear_qkv":
         q, k, v = (weights[f"{prefix}self_attn.{p}_proj.{kind}"] for p in "qkv")
         d, rest = config.kv_channels, q.shape[1:]
-        grouped = [t.view(GROUPS, -1, d, *rest) for t in (q, k, v)]
+        if config.attention_output_gate:  # a query and a gate per head; in Megatron all of a group's queries first
+            q = q.view(GROUPS, HEADS // GROUPS, 2, d, *rest).transpose(1, 2)
+        grouped = [t.reshape(GROUPS, -1, d, *rest) for t in (q, k, v)]
         return tp.of(torch.cat(grouped, 1).flatten(0, 2), 0)
     if module.split(".")[-1] in _LATENT:
         name, dim, te_dim = _LATENT[module.split(".")[-1]]
@@ -311,6 +320,9 @@ def _layer_value(leaf: str, prefix: str, weights, config, tp: _Cut, etp: _Cut, f
         duplicated = te_dim is None and config.transformer_impl_is_te
         return weight if duplicated else tp.of(weight, dim)
     parent, cut = module.rsplit(".", 1)[0], tp
+    if module.startswith("mlp.experts.linear") and kind == "weight":  # TE's single weight of all experts
+        names = [f"{module}.weight{i}" for i in range(EXPERTS // config.expert_model_parallel_size)]
+        return torch.stack([_layer_value(name, prefix, weights, config, tp, etp, first_expert) for name in names])
     if ".experts" in module:
         # mlp.experts.linear_fc1.weight3, or mlp.experts.local_experts.3.linear_fc1.weight
         local = int(kind.removeprefix("weight") or module.split(".")[3])

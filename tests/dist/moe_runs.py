@@ -50,6 +50,24 @@ def parity(layout: Layout, hf_dir, te, config, values, ref_logits, ref_grads, ov
     return errors
 
 
+def parity_of_single_weights(layout: Layout, *args):
+    """``parity`` where TE holds the experts of a linear in one parameter, as its newer versions can."""
+    from transformer_engine.pytorch import GroupedLinear
+
+    init, made = GroupedLinear.__init__, []
+
+    def with_single_weight(self, *args, **kwargs):
+        init(self, *args, **kwargs, single_grouped_weight=True)
+        made.append(self.weight.dim())
+
+    GroupedLinear.__init__ = with_single_weight
+    try:
+        return parity(layout, *args)
+    finally:
+        GroupedLinear.__init__ = init
+        assert set(made) == {3}
+
+
 def train(layout: Layout, hf_dir, te, config, values, steps):
     """Name and shard of every A and B after some steps of SGD: {(linear, "A"): (shard, rank, dim)}."""
     model = adapted.wrap(chunks_of(layout, hf_dir, te, config, values), distributed_optimizer=False)

@@ -48,10 +48,10 @@ def references(tmp_path_factory):
     return get
 
 
-def check(pool, references, family, *, te=True, layout="split", rank=RANK, unused=(), overrides=None, **sizes):
+def check(pool, references, family, *, run=moe_runs.parity, te=True, layout="split", rank=RANK, unused=(), overrides=None, **sizes):
     path, values, logits, grads = references(family, layout, rank, unused)
     config = LoRAConfig(rank=rank, alpha=ALPHA, layout=layout)
-    results = pool.run(moe_runs.parity, path, te, config, values, logits, grads, overrides or {}, **sizes)
+    results = pool.run(run, path, te, config, values, logits, grads, overrides or {}, **sizes)
     assert any("logits" in r for r in results)
     for r in results:
         assert r.get("logits", 0) <= 1e-5
@@ -82,6 +82,11 @@ def test_grouped(te_pool, references, split):
     assert "LoRATEColumnParallelGroupedLinear" in check(te_pool, references, "qwen3_moe", **SPLITS[split])
 
 
+def test_single_weight(te_pool, references):
+    """TE's variant with one weight for all experts of a rank."""
+    check(te_pool, references, "qwen3_moe", run=moe_runs.parity_of_single_weights, **SPLITS["tp2-ep2-etp2"])
+
+
 @pytest.mark.parametrize("split", ["ep2", "tp2-etp1", "tp2-ep2-etp2"])
 def test_sequential(pool4, references, split):
     """One A for gate and up, in a list of small MLPs."""
@@ -105,6 +110,13 @@ def test_latent_attention(te_pool, references, split):
 def test_latent_attention_of_own_linears(te_pool, references):
     """At TP 1: with more, Megatron's own backward through its local kv down projection is wrong."""
     check(te_pool, references, "deepseek_v3", te=False, layout="fused", **SPLITS["ep2"])
+
+
+@pytest.mark.parametrize("layout", ["fused", "split"])
+@pytest.mark.parametrize("split", ["ep2", "tp2-ep2-etp2"])
+def test_gated_attention(te_pool, references, split, layout):
+    """Qwen3-Next's q_proj holds a gate per head, which lies elsewhere in Megatron's linear_qkv."""
+    check(te_pool, references, "qwen3_next", layout=layout, **SPLITS[split])
 
 
 @pytest.mark.parametrize("te, sp", [(False, True), (True, False)])

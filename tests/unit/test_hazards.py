@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import hazards  # noqa: E402
+import hazards
 
 
 @pytest.mark.parametrize("entry", hazards.BREAKS, ids=lambda entry: f"{entry.hazard}: {entry.what}")

@@ -10,8 +10,8 @@ class becomes a subclass with ``LoRALinear`` in front. Per rank (T tensor-parall
 A linear of experts has both with the rank's experts in front, [E, ...], sharded over expert-parallel ranks; T is then
 the size of the expert-tensor-parallel group.
 
-``rows`` are those of the adapted projections. They lie in the base's own order if one block covers the whole linear,
-else projection after projection, each in Hugging Face order.
+``rows`` are those of the adapted projections. They lie in the base's own order: over the whole linear if one block
+covers it, else projection after projection. ``AdapterSpec.rows_of`` has them in Hugging Face order.
 """
 
 from __future__ import annotations
