@@ -18,6 +18,7 @@ from reference import draw
 from slime_plugins.lora import LoRAConfig
 from slime_plugins.lora.adapters import iter_adapters
 from slime_plugins.lora.layers import adapt, adapted_class, spec_for
+from slime_plugins.lora.layers.spec import base_weights
 from slime_plugins.lora.names import hf_names
 
 HIDDEN, HEADS, GROUPS, HEAD_DIM = 24, 4, 2, 10
@@ -161,3 +162,60 @@ def _build(kind, config, return_bias):
         return te.TERowParallelLinear(HEADS * HEAD_DIM, HIDDEN, input_is_parallel=True, **common), proj
     column = te.TELayerNormColumnParallelLinear if kind == "norm_column" else te.TEColumnParallelLinear
     return column(HIDDEN, rows, gather_output=False, **common), qkv
+
+
+def grouped_alone(layout: Layout, leaf: str, rank: int, device: torch.device | None = None) -> dict[str, float]:
+    """Gradients, output and input gradient of TE's linear of experts against a loop over experts; one has no token.
+
+    ``leaf``: linear_fc1 (column) or linear_fc2 (row). ``rank``: 3 takes the padded product, 8 the grouped one.
+    """
+    from megatron.core.extensions import transformer_engine as te
+
+    device, splits, scale = device or torch.device("cpu"), [3, 0, 8, 5], 2.0
+    fan_in, fan_out = (HIDDEN, 32) if leaf == "linear_fc1" else (16, HIDDEN)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=HEADS,
+        num_moe_experts=len(splits),
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        use_cpu_initialization=device.type == "cpu",
+    )
+    kind = te.TEColumnParallelGroupedLinear if leaf == "linear_fc1" else te.TERowParallelGroupedLinear
+    linear = kind(
+        len(splits),
+        fan_in,
+        fan_out,
+        config=config,
+        init_method=config.init_method,
+        bias=False,
+        skip_bias_add=False,
+        is_expert=True,
+    ).to(device)
+    name = f"decoder.layers.0.mlp.experts.{leaf}"
+    lora_class, parallel = adapted_class(linear)
+    lora_config = LoRAConfig(rank=rank, alpha=scale * rank)
+    spec = spec_for(linear, name, parallel, tuple(range(len(hf_names(name)))), lora_config)
+    adapt(linear, lora_class, spec, None)
+    A, B = draw("A", len(splits), rank, fan_in) / fan_in**0.5, draw("B", len(splits), fan_out, rank)
+    linear.requires_grad_(False)
+    for parameter, value in ((linear.lora_A, A), (linear.lora_B, B)):
+        parameter.data.copy_(value)
+        parameter.requires_grad_()
+    weights = [draw(f"W{i}", fan_out, fan_in) / fan_in**0.5 for i in range(len(splits))]
+    for parameter, value in zip(base_weights(linear), weights):
+        parameter.data.copy_(value)
+    x, dy = draw("x", sum(splits), fan_in), draw("dy", sum(splits), fan_out)
+    x_here = x.to(device).requires_grad_()
+    y, bias = linear(x_here * 1.0, splits)
+    assert bias is None
+    y.backward(dy.to(device))
+
+    x, A, B = (t.requires_grad_() for t in (x, A, B))
+    rows = x.split(splits)
+    by_hand = torch.cat([r @ (W + scale * B[i] @ A[i]).t() for i, (r, W) in enumerate(zip(rows, weights))])
+    by_hand.backward(dy)
+    pairs = {"y": (y, by_hand), "dx": (x_here.grad, x.grad)}
+    pairs |= {"dA": (linear.lora_A.grad, A.grad), "dB": (linear.lora_B.grad, B.grad)}
+    return {key: adapted.relative(seen.detach().cpu() - want.detach(), want.detach()) for key, (seen, want) in pairs.items()}

@@ -13,7 +13,7 @@ import pytest
 import reference
 import torch
 from harness import Layout, WorkerPool
-from te_models import linear_alone, parity_te
+from te_models import grouped_alone, linear_alone, parity_te
 from tiny_checkpoints import tiny
 
 from slime_plugins.lora import LoRAConfig
@@ -92,6 +92,14 @@ def test_linear_alone(te_pool, kind, sp):
             assert worst <= 1e-6, f"{case}: {worst:.2e}"
 
 
+@pytest.mark.parametrize("rank", [3, 8])
+@pytest.mark.parametrize("leaf", ["linear_fc1", "linear_fc2"])
+def test_linear_of_experts_alone(te_pool, leaf, rank):
+    """Whole models with experts: test_experts.py."""
+    for errors in te_pool.run(grouped_alone, leaf, rank):
+        assert max(errors.values()) <= 1e-5, errors
+
+
 def package_without_te(layout: Layout):
     import sys
 
@@ -114,3 +122,15 @@ def test_real_te(kind):
     with single_process_groups("nccl"):
         for case, worst in linear_alone(Layout(), kind, device=torch.device("cuda")).items():
             assert worst <= 1e-4, f"{case}: {worst:.2e}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [3, 8])
+@pytest.mark.parametrize("leaf", ["linear_fc1", "linear_fc2"])
+def test_real_te_of_experts(leaf, rank):
+    pytest.importorskip("transformer_engine.pytorch", reason="needs TransformerEngine")
+    from te_models import single_process_groups
+
+    with single_process_groups("nccl"):
+        errors = grouped_alone(Layout(), leaf, rank, device=torch.device("cuda"))
+        assert max(errors.values()) <= 1e-4, errors
