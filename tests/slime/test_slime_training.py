@@ -235,6 +235,36 @@ def test_offload_recompute_old_actor_and_reference_updates(run):
     assert set(copies) == {"actor", "old_actor", "rollout_actor", "ref"} and len(set(copies.values())) == 1
 
 
+def test_context_parallel_and_dynamic_batches(run, straight):
+    """The first two steps of CP 1; bf16 sums in another order."""
+    extra = f"{LORA} --use-dynamic-batch-size --max-tokens-per-gpu 256"
+    split = run("--cp", "2", "--steps", "2", extra=extra)
+    check_learning(split, 2)
+    for key, rel in (("grad_norm", 0.005), ("lora/update_norm", 2e-3)):
+        assert split.of(key) == pytest.approx(straight.of(key)[:2], rel=rel), key
+
+
+def test_eval_asks_the_adapter_of_its_step(run, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"input": f"t{i} t{i + 1}", "label": "t3"}) + "\n" for i in range(5)))
+    evaluate = f"--eval-interval 1 --eval-prompt-data toy {prompts} --n-samples-per-eval-prompt 1"
+    extra = f"{LORA} --lora-sync adapter --lora-sync-dir sync {evaluate} --eval-max-response-len 8"
+    evaluated = run("--steps", "2", "--generate", "--mode", "disk", extra=extra)
+    asked = [r["payload"].get("lora_path") for r in evaluated.requests() if r["endpoint"] == "generate"]
+    names = [r["payload"]["lora_name"] for r in evaluated.requests() if r["endpoint"] == "load_lora_adapter"]
+    # Before each of two steps and after the second: 5 prompts to evaluate, 16 samples to learn from.
+    assert asked == sorted(asked) and [asked.count(name) for name in names] == [5 + 16, 5 + 16, 5]
+
+
+def test_the_base_as_teacher(run, straight):
+    """On-policy distillation from the adapters switched off: no copy, and at step 0 nothing to learn from it."""
+    teacher = f"--use-opd --opd-type megatron --opd-kl-coef 1.0 --opd-teacher-load {straight.work / 'hf'}"
+    taught = run("--steps", "2", extra=f"{LORA} {teacher}")
+    check_learning(taught, 2)
+    assert taught.of("grad_norm")[0] == straight.of("grad_norm")[0]
+    assert taught.of("grad_norm")[1] != straight.of("grad_norm")[1]
+
+
 def test_sft(run):
     extra = f"{LORA} --loss-type sft_loss --calculate-per-token-loss --disable-compute-advantages-and-returns"
     sft = run("--steps", "2", extra=extra)
