@@ -306,6 +306,16 @@ def test_command_line(tmp_path, base, capsys):
     ]
 
 
+def test_many_problems_are_shortened(tmp_path, capsys):
+    config, tensors = adapter_dirs.adapter()
+    foreign(tmp_path / "a", config, {key: torch.full_like(tensor, torch.nan) for key, tensor in tensors.items()})
+    assert main(["verify", str(tmp_path / "a")]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert sum("are not finite" in line for line in out) == 8
+    assert "PROBLEM       20 more of the kind 'not_finite'; --json lists them all" in out
+    assert "not ok: 28 problems" in out
+
+
 def test_wrong_usage(tmp_path, base, capsys):
     directory = foreign(tmp_path / "a", *adapter_dirs.adapter())
     assert main(["verify", str(tmp_path / "nowhere")]) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -62,7 +63,23 @@ def table(report: Report) -> str:
         rows.append(("checked with", f"{report.checked_against}{selected}"))
     lines = [f"{name:<13} {value}" for name, value in rows]
     lines += [f"{'warning':<13} {warning}" for warning in report.warnings]
-    lines += [f"{'PROBLEM':<13} {problem.message}" for problem in report.problems]
+    lines += [f"{'PROBLEM':<13} {message}" for message in _shortened(report)]
     count = len(report.problems)
     lines.append("ok" if report.ok else f"not ok: {count} problem{'s' if count > 1 else ''}")
     return "\n".join(lines)
+
+
+SHOWN = 8
+"""Problems of one kind that people are shown: the wrong base of a model with experts makes thousands."""
+
+
+def _shortened(report: Report) -> list[str]:
+    """The first problems of each kind, then how many more there are."""
+    seen: Counter[str] = Counter()
+    messages = []
+    for problem in report.problems:
+        seen[problem.kind] += 1
+        if seen[problem.kind] <= SHOWN:
+            messages.append(problem.message)
+    more = {kind: count - SHOWN for kind, count in seen.items() if count > SHOWN}
+    return messages + [f"{count:,} more of the kind {kind!r}; --json lists them all" for kind, count in more.items()]
