@@ -5,6 +5,7 @@ pytest tests/unit/test_rehearsal_pure.py
 
 import dataclasses
 import json
+import types
 
 import pytest
 import torch
@@ -192,3 +193,22 @@ def test_out_is_claimed_or_refused(tmp_path):
 def test_curve_is_drawn(tmp_path):
     outputs.draw_curve(tmp_path, [{"step": i, "reward": i / 9, "kl": 0.1 * i} for i in range(10)], "a title")
     assert (tmp_path / outputs.CURVE).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_prompts_become_tokens(tmp_path, family):
+    """As AutoTokenizer reads them for the family; a prompt of no token, which nothing can follow, is named."""
+    from transformers import AutoTokenizer
+
+    from slime_plugins.lora.rehearsal.rollout import Rollout
+    from slime_plugins.lora.rehearsal.tiny import make_tiny
+
+    rollout = Rollout.__new__(Rollout)
+    rollout.tokenizer = AutoTokenizer.from_pretrained(make_tiny(tmp_path / "base", family))
+    rollout.settings = types.SimpleNamespace(apply_chat_template=False, rollout_max_response_len=2)
+    rollout.base = types.SimpleNamespace(config=types.SimpleNamespace(max_position_embeddings=5))
+    assert rollout.encode(["t10 t9", "t4"]) == [[10, 9], [4]]
+    with pytest.raises(ValueError, match="makes no token of the prompt ''"):
+        rollout.encode(["t4", ""])
+    with pytest.raises(ValueError, match="a prompt of 4 tokens and --rollout-max-response-len 2 exceed"):
+        rollout.encode(["t4 t4 t4 t4"])

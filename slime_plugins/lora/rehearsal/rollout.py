@@ -86,7 +86,7 @@ class Rollout:
     def encode(self, prompts: list[str | list]) -> list[list[int]]:
         """Token ids of prompts. Messages, and text with ``apply_chat_template``, go through the chat template.
 
-        Raises ValueError for a prompt that leaves no room for the response.
+        Raises ValueError for a prompt without a token, and for one that leaves no room for the response.
         """
         encoded = []
         for prompt in prompts:
@@ -96,6 +96,11 @@ class Rollout:
                 encoded.append(self.tokenizer(prompt, add_special_tokens=False).input_ids)
             else:
                 encoded.append(self.tokenizer(prompt).input_ids)
+        if [] in encoded:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} makes no token of the prompt {prompts[encoded.index([])]!r}; is it "
+                "empty, or is the checkpoint's tokenizer.json not that of this model_type?"
+            )
         room = self.base.config.max_position_embeddings - self.settings.rollout_max_response_len
         longest = max(len(ids) for ids in encoded)
         if longest > room:

@@ -81,14 +81,18 @@ def make_tiny(
     model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
     if tokenizer:
         words = [f"t{i}" for i in range(4, vocab_size)]
-        write_tokenizer(path, ["<pad>", "<bos>", "<eos>", "<unk>", *words])
+        # transformers 5 reads any tokenizer of model_type qwen2 as byte-level BPE, in which only added words survive.
+        write_tokenizer(path, ["<pad>", "<bos>", "<eos>", "<unk>", *words], added=family == "qwen2")
     return path
 
 
-def write_tokenizer(path: str | Path, words: list[str]) -> None:
-    """Write a word-level tokenizer: words between spaces, id = position. The first four are pad, bos, eos, unk."""
+def write_tokenizer(path: str | Path, words: list[str], *, added: bool = False) -> None:
+    """Write a word-level tokenizer: words between spaces, id = position. The first four are pad, bos, eos, unk.
+
+    ``added``: the words are added tokens too, which every kind of tokenizer finds.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AddedToken, PreTrainedTokenizerFast
 
     pad, bos, eos, unk = words[:4]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=unk))
@@ -96,5 +100,7 @@ def write_tokenizer(path: str | Path, words: list[str]) -> None:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=pad, bos_token=bos, eos_token=eos, unk_token=unk, padding_side="left"
     )
+    if added:
+        fast.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in words[4:]])
     fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     fast.save_pretrained(path)
