@@ -18,7 +18,7 @@ help:
 	@echo "                (flags for it: make rehearse REHEARSE_ARGS='--tp 2 --sp')"
 	@echo "make test       the tests that take minutes (flags for pytest: PYTEST_ARGS='-k layout')"
 	@echo "make test-all   all of them, the slow ones too"
-	@echo "make lint       ruff: rules and format"
+	@echo "make lint       ruff and shellcheck"
 	@echo "make bench      step time, communicated bytes, checkpoint size; JSON in bench/out"
 	@echo "make clean      remove .venv, caches and bench/out (runs/ stays)"
 
@@ -50,7 +50,7 @@ test-all: $(READY_ALL)
 lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@bash -n .ci/run examples/lora/*.sh
+	@$(BIN)/shellcheck --exclude SC1091 .ci/run examples/lora/*.sh  # 1091: slime's own scripts are not here
 
 bench: $(READY)
 	@for script in bench/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -6,7 +6,7 @@
 # Then:                         SLIME_DIR=/root/slime bash examples/lora/run-multi-task-lora.sh [math] [code] [medical]
 #
 # A task that was interrupted goes on from its own --save directory. Afterwards, with the adapters of the last step:
-#   python3 -m sglang.launch_server --model-path ${BASE_DIR}/Qwen3-4B --enable-lora --max-loras-per-batch 3 \
+#   python3 -m sglang.launch_server --model-path "${BASE_DIR}/Qwen3-4B" --enable-lora --max-loras-per-batch 3 \
 #      --lora-paths math=.../math/iter_0000199 code=.../code/iter_0000199 medical=.../medical/iter_0000199
 
 set -ex
@@ -42,21 +42,21 @@ TASKS=("$@")
 # Prompts and reward of each task; jsonl files with the keys "prompt" and "label".
 task_args() {
     case $1 in
-    math) TASK_ARGS=(--prompt-data ${BASE_DIR}/dapo-math-17k/dapo-math-17k.jsonl --rm-type deepscaler) ;;
+    math) TASK_ARGS=(--prompt-data "${BASE_DIR}/dapo-math-17k/dapo-math-17k.jsonl" --rm-type deepscaler) ;;
     # runs the answer against the tests in the label, in a sandbox of yours: {"prompt", "response", "label"} -> reward
-    code) TASK_ARGS=(--prompt-data ${BASE_DIR}/code/train.jsonl
+    code) TASK_ARGS=(--prompt-data "${BASE_DIR}/code/train.jsonl"
                      --rm-type remote_rm --rm-url "${CODE_RM_URL:-http://127.0.0.1:8100/reward}") ;;
     # multiple choice, the label is the letter (MedQA, MedMCQA)
-    medical) TASK_ARGS=(--prompt-data ${BASE_DIR}/medqa/train.jsonl --rm-type gpqa) ;;
+    medical) TASK_ARGS=(--prompt-data "${BASE_DIR}/medqa/train.jsonl" --rm-type gpqa) ;;
     *) echo "unknown task $1; expected math, code or medical" >&2; exit 2 ;;
     esac
 }
 for TASK in "${TASKS[@]}"; do task_args "${TASK}"; done  # a wrong name fails before anything runs
 
 CKPT_ARGS=(
-   --hf-checkpoint ${BASE_DIR}/Qwen3-4B
+   --hf-checkpoint "${BASE_DIR}/Qwen3-4B"
    # the same frozen base, and reference, for every task
-   --ref-load ${BASE_DIR}/Qwen3-4B_torch_dist
+   --ref-load "${BASE_DIR}/Qwen3-4B_torch_dist"
    --save-interval 20
 )
 
@@ -150,9 +150,9 @@ RUNTIME_ENV_JSON="{
 for TASK in "${TASKS[@]}"; do
    task_args "${TASK}"
    SAVE_ARGS=(
-      --load ${ADAPTERS}/checkpoints/${TASK}
-      --save ${ADAPTERS}/checkpoints/${TASK}
-      --lora-export-dir ${ADAPTERS}/${TASK}
+      --load "${ADAPTERS}/checkpoints/${TASK}"
+      --save "${ADAPTERS}/checkpoints/${TASK}"
+      --lora-export-dir "${ADAPTERS}/${TASK}"
    )
    ray job submit --address="http://127.0.0.1:8265" \
       --runtime-env-json="${RUNTIME_ENV_JSON}" \

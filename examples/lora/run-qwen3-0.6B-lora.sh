@@ -41,10 +41,10 @@ source "${SLIME_DIR}/scripts/models/qwen3-0.6B.sh"
 
 CKPT_ARGS=(
    # slime v0.3.1 and later load the base straight from Hugging Face; earlier ones want a torch_dist directory here
-   --hf-checkpoint ${BASE_DIR}/Qwen3-0.6B
-   --ref-load ${BASE_DIR}/Qwen3-0.6B
-   --load ${BASE_DIR}/Qwen3-0.6B_lora/
-   --save ${BASE_DIR}/Qwen3-0.6B_lora/
+   --hf-checkpoint "${BASE_DIR}/Qwen3-0.6B"
+   --ref-load "${BASE_DIR}/Qwen3-0.6B"
+   --load "${BASE_DIR}/Qwen3-0.6B_lora/"
+   --save "${BASE_DIR}/Qwen3-0.6B_lora/"
    --save-interval 20
 )
 
@@ -55,11 +55,11 @@ LORA_ARGS=(
    --lora-target-modules all-linear
    # 17 MiB instead of 1.1 GiB per sync; the engine keeps the base, and a copy of it while it is offloaded
    --lora-sync adapter
-   --lora-export-dir ${BASE_DIR}/Qwen3-0.6B_lora_peft
+   --lora-export-dir "${BASE_DIR}/Qwen3-0.6B_lora_peft"
 )
 
 ROLLOUT_ARGS=(
-   --prompt-data ${BASE_DIR}/gsm8k/train.parquet
+   --prompt-data "${BASE_DIR}/gsm8k/train.parquet"
    --input-key messages
    --label-key label
    --apply-chat-template
@@ -76,7 +76,7 @@ ROLLOUT_ARGS=(
 
 EVAL_ARGS=(
    --eval-interval 20
-   --eval-prompt-data gsm8k ${BASE_DIR}/gsm8k/test.parquet
+   --eval-prompt-data gsm8k "${BASE_DIR}/gsm8k/test.parquet"
    --n-samples-per-eval-prompt 1
    --eval-max-response-len 1024
    --eval-top-k 1
@@ -121,7 +121,7 @@ WANDB_ARGS=(
    # --use-wandb
    # --wandb-project slime-lora
    # --wandb-group qwen3-0.6B-lora
-   # --wandb-key ${WANDB_KEY}
+   # --wandb-key "${WANDB_KEY}"
 )
 
 SGLANG_ARGS=(

@@ -33,10 +33,10 @@ cd "${SLIME_DIR}"
 source "${SLIME_DIR}/scripts/models/qwen3-4B.sh"
 
 CKPT_ARGS=(
-   --hf-checkpoint ${BASE_DIR}/Qwen3-4B-Base
-   --ref-load ${BASE_DIR}/Qwen3-4B-Base_torch_dist
-   --load ${BASE_DIR}/Qwen3-4B-Base_lora_sft/
-   --save ${BASE_DIR}/Qwen3-4B-Base_lora_sft/
+   --hf-checkpoint "${BASE_DIR}/Qwen3-4B-Base"
+   --ref-load "${BASE_DIR}/Qwen3-4B-Base_torch_dist"
+   --load "${BASE_DIR}/Qwen3-4B-Base_lora_sft/"
+   --save "${BASE_DIR}/Qwen3-4B-Base_lora_sft/"
    --save-interval 1000
 )
 
@@ -47,12 +47,12 @@ LORA_ARGS=(
    --lora-alpha 64
    --lora-dropout 0.05
    --lora-target-modules all-linear
-   --lora-export-dir ${BASE_DIR}/Qwen3-4B-Base_lora_sft_peft
+   --lora-export-dir "${BASE_DIR}/Qwen3-4B-Base_lora_sft_peft"
 )
 
 SFT_ARGS=(
    --rollout-function-path slime.rollout.sft_rollout.generate_rollout
-   --prompt-data ${BASE_DIR}/openhermes2_5.parquet
+   --prompt-data "${BASE_DIR}/openhermes2_5.parquet"
    --input-key messages
    --rollout-shuffle
    --num-epoch 3
@@ -96,7 +96,7 @@ WANDB_ARGS=(
    # --use-wandb
    # --wandb-project slime-lora
    # --wandb-group qwen3-4B-base-lora-sft
-   # --wandb-key ${WANDB_KEY}
+   # --wandb-key "${WANDB_KEY}"
 )
 
 MISC_ARGS=(

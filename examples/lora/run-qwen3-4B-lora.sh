@@ -41,12 +41,12 @@ cd "${SLIME_DIR}"
 source "${SLIME_DIR}/scripts/models/qwen3-4B.sh"
 
 CKPT_ARGS=(
-   --hf-checkpoint ${BASE_DIR}/Qwen3-4B
+   --hf-checkpoint "${BASE_DIR}/Qwen3-4B"
    # the base that is frozen, and with it the reference policy: adapters off, no second copy of the model
-   --ref-load ${BASE_DIR}/Qwen3-4B_torch_dist
+   --ref-load "${BASE_DIR}/Qwen3-4B_torch_dist"
    # adapters and their optimizer state only: 14 bytes per adapter parameter, 0.8 GB here, at any number of GPUs
-   --load ${BASE_DIR}/Qwen3-4B_lora/
-   --save ${BASE_DIR}/Qwen3-4B_lora/
+   --load "${BASE_DIR}/Qwen3-4B_lora/"
+   --save "${BASE_DIR}/Qwen3-4B_lora/"
    --save-interval 20
 )
 
@@ -63,13 +63,13 @@ LORA_ARGS=(
    # Engines get W + s B A, so every rollout feature works. "adapter" sends the adapter alone.
    # --lora-sync adapter
    # A PEFT adapter with every checkpoint, ready for transformers, vLLM and SGLang:
-   # --lora-export-dir ${BASE_DIR}/Qwen3-4B_lora_peft
+   # --lora-export-dir "${BASE_DIR}/Qwen3-4B_lora_peft"
    # Start from an adapter instead of from zero: a PEFT directory or a checkpoint of --save.
-   # --lora-adapter-path ${BASE_DIR}/Qwen3-4B_lora_peft
+   # --lora-adapter-path "${BASE_DIR}/Qwen3-4B_lora_peft"
 )
 
 ROLLOUT_ARGS=(
-   --prompt-data ${BASE_DIR}/dapo-math-17k/dapo-math-17k.jsonl
+   --prompt-data "${BASE_DIR}/dapo-math-17k/dapo-math-17k.jsonl"
    --input-key prompt
    --label-key label
    --apply-chat-template
@@ -87,7 +87,7 @@ ROLLOUT_ARGS=(
 
 EVAL_ARGS=(
    --eval-interval 20
-   --eval-prompt-data aime ${BASE_DIR}/aime-2024/aime-2024.jsonl
+   --eval-prompt-data aime "${BASE_DIR}/aime-2024/aime-2024.jsonl"
    --n-samples-per-eval-prompt 16
    --eval-max-response-len 16384
    --eval-top-p 1
@@ -137,7 +137,7 @@ WANDB_ARGS=(
    # --use-wandb
    # --wandb-project slime-lora
    # --wandb-group qwen3-4B-lora
-   # --wandb-key ${WANDB_KEY}
+   # --wandb-key "${WANDB_KEY}"
 )
 
 SGLANG_ARGS=(
