@@ -29,7 +29,12 @@ QWEN3 = dict(
 MODELS = {
     "Qwen3-0.6B": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16),
     "Qwen3-4B": dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32),
-}
+    "Qwen3-30B-A3B": dict(
+        model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], hidden_size=2048, intermediate_size=6144,
+        num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, moe_intermediate_size=768,
+        num_experts=128, num_experts_per_tok=8, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
 PARSE = """
 import argparse, json, sys, traceback
 known = set()
