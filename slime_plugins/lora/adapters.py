@@ -38,6 +38,22 @@ def config_of(model) -> LoRAConfig:
     raise ValueError("this model has no adapters; call apply_lora on it first")
 
 
+def has_adapters(model) -> bool:
+    """Has ``apply_lora`` been called on this model (also where a pipeline stage got no adapter)?"""
+    if not model:
+        return False
+    try:
+        config_of(model)
+    except ValueError:
+        return False
+    return True
+
+
+def is_adapter(name: str) -> bool:
+    """Is this the name of an adapter's parameter?"""
+    return name.endswith((".lora_A", ".lora_B"))
+
+
 @contextlib.contextmanager
 def adapters_disabled(model) -> Iterator[None]:
     """Inside, the model is its base: outputs equal the base's bit for bit. The reference policy of RL.

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from slime_plugins.lora.adapters import config_of, iter_adapters
+from slime_plugins.lora.adapters import config_of, has_adapters, iter_adapters
 from slime_plugins.lora.hf.export import gather_projections
 from slime_plugins.lora.hf.peft_files import write_adapter
 from slime_plugins.lora.hf.peft_form import to_peft
 from slime_plugins.lora.slime import merged_sync
 from slime_plugins.lora.slime.base_check import refuse_other_base
-from slime_plugins.lora.slime.policies import Policies, has_adapters
+from slime_plugins.lora.slime.policies import Policies
 
 logger = logging.getLogger(__name__)
 

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 
+from slime_plugins.lora.adapters import has_adapters
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.hf.export import export_peft
 from slime_plugins.lora.layers import hide_adapters
 from slime_plugins.lora.slime.merged_sync import sending
 from slime_plugins.lora.slime.paths import adapter_step_dir, step_dir
-from slime_plugins.lora.slime.policies import has_adapters, remember_base
+from slime_plugins.lora.slime.policies import remember_base
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,15 @@ import functools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
-from slime_plugins.lora.adapters import iter_linears
+from slime_plugins.lora.adapters import has_adapters, is_adapter, iter_linears
 from slime_plugins.lora.layers import LoRALinear, OneExpert
-from slime_plugins.lora.slime.policies import Policies, has_adapters, is_adapter
+
+if TYPE_CHECKING:
+    from slime_plugins.lora.slime.policies import Policies
 
 
 @dataclass

@@ -17,10 +17,9 @@ import inspect
 import torch
 import torch.distributed as dist
 
-from slime_plugins.lora.adapters import iter_adapters
+from slime_plugins.lora.adapters import has_adapters, iter_adapters
 from slime_plugins.lora.layers import LoRALinear
 from slime_plugins.lora.layers.spec import base_weights
-from slime_plugins.lora.slime.policies import has_adapters
 
 SAMPLED = 8
 """Linears per pipeline stage whose base norm is read, once."""

@@ -19,22 +19,12 @@ from pathlib import Path
 
 import torch
 
-from slime_plugins.lora.adapters import adapters_disabled, config_of, iter_adapters
+from slime_plugins.lora.adapters import adapters_disabled, has_adapters, is_adapter, iter_adapters
 from slime_plugins.lora.layers import LoRALinear, OneExpert
+from slime_plugins.lora.slime.merged_sync import MergedWeights
 from slime_plugins.lora.slime.paths import step_dir
 
 logger = logging.getLogger(__name__)
-
-
-def has_adapters(model) -> bool:
-    """Has ``apply_lora`` been called on this model (also where a pipeline stage got no adapter)?"""
-    if not model:
-        return False
-    try:
-        config_of(model)
-    except ValueError:
-        return False
-    return True
 
 
 def weights_backuper(actor, backuper):
@@ -145,8 +135,6 @@ class Policies:
 
     def get(self, tag: str):
         """A mapping of global names to the actor's merged weights, each built when it is asked for."""
-        from slime_plugins.lora.slime.merged_sync import MergedWeights
-
         if tag != "actor":
             raise ValueError(f"only the actor's weights are sent, not those of {tag!r}")
         return MergedWeights(self._args, self._model, self)
@@ -215,11 +203,6 @@ class Policies:
     def _put_base(self, copies: dict[str, torch.Tensor]) -> None:
         for name, parameter in self._base_parameters():
             parameter.copy_(copies[name])
-
-
-def is_adapter(name: str) -> bool:
-    """Is this the name of an adapter's parameter?"""
-    return name.endswith((".lora_A", ".lora_B"))
 
 
 @contextlib.contextmanager
