@@ -22,7 +22,7 @@ from slime_plugins.lora.layers import (
     spec_for,
     weight_shards,
 )
-from slime_plugins.lora.names import is_known
+from slime_plugins.lora.names import in_experts, is_known
 from slime_plugins.lora.targets import Targets, check_all_matched, short_name
 
 _LAYER = re.compile(r"^(?:module\.)*(decoder\.layers\.)(\d+)\.(.+)$")
@@ -244,7 +244,7 @@ def _base_numel(chunk: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, in
         else (1, 1, 1)
     )
     for path, module in chunk.named_modules():
-        of_experts = ".mlp.experts" in path
+        of_experts = in_experts(path)
         shards = weight_shards(module, etp_size if of_experts else tp_size)
         for name, parameter in module.named_parameters(recurse=False):
             # The last stage's copy of tied embeddings is the first stage's parameter.

@@ -92,6 +92,11 @@ def of_expert(stacked_name: str, expert: int | str) -> str:
     return f"{parent}.{expert}.{leaf}"
 
 
+def in_experts(name: str) -> bool:
+    """Is this the name, in either vocabulary, of a layer's routed experts or of anything in them?"""
+    return ".mlp.experts." in f"{name}."
+
+
 def _without_expert(path: str) -> tuple[str, str]:
     """``mlp.experts.7.linear_fc1`` -> ``("mlp.experts.linear_fc1", ".7")``; other paths as they are, with ""."""
     match = _EXPERT.match(path)

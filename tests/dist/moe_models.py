@@ -1,7 +1,8 @@
 """Tiny models with routed experts: a Hugging Face checkpoint, and the same base as Megatron chunks on every rank.
 
 ``qwen3_moe``, ``qwen2_moe`` (shared expert with a gate), ``glm4_moe`` (dense first layer, sigmoid router, shared
-expert), ``deepseek_v3`` (the same with MLA) and ``qwen3_next`` (gated attention in all layers, norms around 1). Weights are cut by hand here, not by the code under test.
+expert), ``deepseek_v3`` (the same with MLA) and ``qwen3_next`` (gated attention in all layers, norms around 1).
+Weights are cut by hand here, not by the code under test.
 """
 
 from __future__ import annotations

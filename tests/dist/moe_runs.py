@@ -69,19 +69,12 @@ def parity_of_single_weights(layout: Layout, *args):
 
 
 def train(layout: Layout, hf_dir, te, config, values, steps):
-    """Name and shard of every A and B after some steps of SGD: {(linear, "A"): (shard, rank, dim)}."""
+    """Every A and B after some steps of SGD, as ``shards_of``."""
     model = adapted.wrap(chunks_of(layout, hf_dir, te, config, values), distributed_optimizer=False)
     optimizer = adapted.optimizer_for(model, name="sgd", lr=1e-2, distributed_optimizer=False)
     for _ in range(steps):
         adapted.train_step(model, optimizer, TOKENS, microbatches=layout.pp)
-    found = {}
-    for linear in iter_linears(model):
-        spec, tp_rank = linear.lora, linear.lora_tp_group.rank()
-        for i, part in enumerate(spec.parts):
-            A, B = spec.part_A(linear.lora_A.detach(), i), spec.part_B(linear.lora_B.detach(), i)
-            found[spec.name, part.name, "A"] = A.clone(), tp_rank, 1 if spec.parallel == "row" else None
-            found[spec.name, part.name, "B"] = B.clone(), tp_rank, 0 if spec.parallel == "column" else None
-    return found
+    return shards_of(model)
 
 
 def whole(results) -> dict:
@@ -197,7 +190,7 @@ def imported(layout: Layout, hf_dir, adapter_dir, values):
 
 
 def save_trained(layout: Layout, hf_dir, config, values, path):
-    """Two steps of Adam, a checkpoint; weights and state as ``state_of``."""
+    """Two steps of Adam, a checkpoint; weights and state as ``shards_of``."""
     from slime_plugins.lora import save_adapter
 
     model, optimizer = _adam(layout, hf_dir, config)
@@ -206,7 +199,7 @@ def save_trained(layout: Layout, hf_dir, config, values, path):
     for _ in range(2):
         adapted.train_step(model, optimizer, TOKENS, microbatches=layout.pp)
     save_adapter(model, path, optimizer=optimizer, step=2)
-    return state_of(model, optimizer)
+    return shards_of(model, adam_states(optimizer))
 
 
 def load_and_save(layout: Layout, hf_dir, config, source, target):
@@ -215,7 +208,7 @@ def load_and_save(layout: Layout, hf_dir, config, source, target):
     model, optimizer = _adam(layout, hf_dir, config)
     load_adapter(model, source, optimizer=optimizer)
     save_adapter(model, target, optimizer=optimizer, step=2)
-    return state_of(model, optimizer)
+    return shards_of(model, adam_states(optimizer))
 
 
 def _adam(layout, hf_dir, config):
@@ -223,19 +216,27 @@ def _adam(layout, hf_dir, config):
     return model, adapted.optimizer_for(model, lr=1e-2, distributed_optimizer=False)
 
 
-def state_of(model, optimizer) -> dict:
-    """Shards of weights and of Adam's moments, in the form that ``whole`` puts together."""
+def adam_states(optimizer) -> dict:
+    """Parameter -> its moments, over the optimizers of dense parameters and of experts."""
     states = {}
     for one in optimizer.chained_optimizers:
         states |= one.optimizer.state if one.optimizer is not None else {}
+    return states
+
+
+def shards_of(model, states: dict | None = None) -> dict:
+    """This rank's A and B of every projection, and with ``states`` their moments, for ``whole`` to put together.
+
+    (linear, projection, which) -> (shard, rank in the tensor-parallel group, sharded dimension or None)
+    """
     found = {}
     for linear in iter_linears(model):
         spec, tp_rank = linear.lora, linear.lora_tp_group.rank()
         owner, at = (linear.owner, linear.index) if hasattr(linear, "owner") else (linear, slice(None))
-        for name in ("value", "exp_avg", "exp_avg_sq"):
+        A_dim, B_dim = {"row": (1, None), "column": (None, 0)}.get(spec.parallel, (None, None))
+        for name in ("value", "exp_avg", "exp_avg_sq") if states is not None else ("value",):
             A, B = ((p.detach() if name == "value" else states[p][name])[at] for p in (owner.lora_A, owner.lora_B))
             for i, part in enumerate(spec.parts):
-                A_dim, B_dim = {"row": (1, None), "column": (None, 0)}.get(spec.parallel, (None, None))
                 found[spec.name, part.name, f"A {name}"] = spec.part_A(A, i).clone(), tp_rank, A_dim
                 found[spec.name, part.name, f"B {name}"] = spec.part_B(B, i).clone(), tp_rank, B_dim
     return found

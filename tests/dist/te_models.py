@@ -218,4 +218,7 @@ def grouped_alone(layout: Layout, leaf: str, rank: int, device: torch.device | N
     by_hand.backward(dy)
     pairs = {"y": (y, by_hand), "dx": (x_here.grad, x.grad)}
     pairs |= {"dA": (linear.lora_A.grad, A.grad), "dB": (linear.lora_B.grad, B.grad)}
-    return {key: adapted.relative(seen.detach().cpu() - want.detach(), want.detach()) for key, (seen, want) in pairs.items()}
+    return {
+        key: adapted.relative(seen.detach().cpu() - want.detach(), want.detach())
+        for key, (seen, want) in pairs.items()
+    }

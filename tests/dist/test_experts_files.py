@@ -15,7 +15,7 @@ import pytest
 import torch
 from moe_runs import ALPHA, RANK, TOKENS
 from safetensors.torch import load_file
-from test_experts import SPLITS, te_pool  # noqa: F401 - a fixture
+from test_experts import SPLITS
 
 from slime_plugins.lora import LoRAConfig
 from slime_plugins.lora.hf.verify import verify_adapter
@@ -89,12 +89,12 @@ def merged_logits(path, values) -> torch.Tensor:
 
 @pytest.mark.parametrize("moe_format", FORMATS)
 @pytest.mark.parametrize("family", moe_models.FAMILIES)
-def test_peft_loads_the_export(te_pool, checkpoints, tmp_path, family, moe_format):  # noqa: F811
+def test_peft_loads_the_export(te_pool4, checkpoints, tmp_path, family, moe_format):
     """Whole, every key claimed, and the model that was trained; gate and up with an A of their own and with one."""
     path = checkpoints(family)
     for layout, split in (("split", "tp2-ep2-etp2"), ("fused", "pp2-ep2")):
         out = tmp_path / layout
-        values = exported(te_pool, path, out, split, layout=layout, moe_format=moe_format)
+        values = exported(te_pool4, path, out, split, layout=layout, moe_format=moe_format)
         report = verify_adapter(out, path)
         assert report.ok and not report.warnings, report.problems + report.warnings
         assert report.lora_A == report.lora_B == len(values)
@@ -106,10 +106,10 @@ def test_peft_loads_the_export(te_pool, checkpoints, tmp_path, family, moe_forma
         assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_per_expert_names(te_pool, checkpoints, tmp_path):  # noqa: F811
+def test_per_expert_names(te_pool4, checkpoints, tmp_path):
     """Bit for bit what was put in, under the names of the base's own files, with one rank and no patterns."""
     path = checkpoints("deepseek_v3")
-    values = exported(te_pool, path, tmp_path / "a", "tp2-ep2-etp1")
+    values = exported(te_pool4, path, tmp_path / "a", "tp2-ep2-etp1")
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert len(tensors) == 2 * len(values)
     for name, (A, B) in values.items():
@@ -124,34 +124,34 @@ def test_per_expert_names(te_pool, checkpoints, tmp_path):  # noqa: F811
     }
 
 
-def test_shared_experts_alone(te_pool, checkpoints, tmp_path):  # noqa: F811
+def test_shared_experts_alone(te_pool4, checkpoints, tmp_path):
     """Routed experts without an adapter: names that leave them out."""
     path = checkpoints("qwen2_moe")
-    exported(te_pool, path, tmp_path / "a", "ep2", targets=("shared_experts.linear_fc1", "linear_qkv"))
+    exported(te_pool4, path, tmp_path / "a", "ep2", targets=("shared_experts.linear_fc1", "linear_qkv"))
     assert verify_adapter(tmp_path / "a", path).ok
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert {key.split(".")[6] for key in tensors if ".mlp." in key} == {"shared_expert"}
 
 
 @pytest.mark.parametrize("moe_format", FORMATS)
-def test_import_at_another_split(te_pool, checkpoints, tmp_path, moe_format):  # noqa: F811
+def test_import_at_another_split(te_pool4, checkpoints, tmp_path, moe_format):
     path = checkpoints("deepseek_v3")
-    values = exported(te_pool, path, tmp_path / "a", "tp2-ep2-etp2", moe_format=moe_format)
+    values = exported(te_pool4, path, tmp_path / "a", "tp2-ep2-etp2", moe_format=moe_format)
     for split in ("ep2", "tp2-etp1"):
-        for error in te_pool.run(moe_runs.imported, path, tmp_path / "a", values, **SPLITS[split]):
+        for error in te_pool4.run(moe_runs.imported, path, tmp_path / "a", values, **SPLITS[split]):
             assert error == 0.0
 
 
-def test_checkpoint_across_splits(te_pool, checkpoints, tmp_path):  # noqa: F811
+def test_checkpoint_across_splits(te_pool4, checkpoints, tmp_path):
     """EP 2 x TP 1 -> EP 1 x TP 2 -> back, weights and Adam's state: bit-equal, wherever they were in between."""
     path = checkpoints("qwen3_moe")
     values = moe_reference.values_of(path, RANK, "split")
     config = LoRAConfig(rank=RANK, alpha=ALPHA, layout="split")
-    saved = te_pool.run(moe_runs.save_trained, path, config, values, tmp_path / "0", **SPLITS["ep2"])
+    saved = te_pool4.run(moe_runs.save_trained, path, config, values, tmp_path / "0", **SPLITS["ep2"])
     expected = moe_runs.whole(saved)
     route = ["tp2-etp1", "tp2-etp2", "tp1-etp2", "tp2-ep2-etp2", "pp2-ep2", "ep2"]
     for i, split in enumerate(route):
-        loaded = te_pool.run(
+        loaded = te_pool4.run(
             moe_runs.load_and_save, path, config, tmp_path / str(i), tmp_path / str(i + 1), **SPLITS[split]
         )
         seen = moe_runs.whole(loaded)
@@ -160,13 +160,13 @@ def test_checkpoint_across_splits(te_pool, checkpoints, tmp_path):  # noqa: F811
             assert torch.equal(seen[key], tensor), f"{split}: {key}"
 
 
-def test_experts_only(te_pool, checkpoints, tmp_path):  # noqa: F811
+def test_experts_only(te_pool4, checkpoints, tmp_path):
     """No dense adapter, so an optimizer without dense parameters: it trains, saves and resumes."""
     path = checkpoints("qwen3_moe")
     values = moe_reference.values_of(path, RANK, "split")
     config = LoRAConfig(rank=RANK, alpha=ALPHA, layout="split", target_modules=("experts.linear_fc1",))
-    saved = te_pool.run(moe_runs.save_trained, path, config, values, tmp_path / "0", **SPLITS["ep2"])
-    loaded = te_pool.run(
+    saved = te_pool4.run(moe_runs.save_trained, path, config, values, tmp_path / "0", **SPLITS["ep2"])
+    loaded = te_pool4.run(
         moe_runs.load_and_save, path, config, tmp_path / "0", tmp_path / "1", **SPLITS["tp2-ep2-etp2"]
     )
     expected, seen = moe_runs.whole(saved), moe_runs.whole(loaded)

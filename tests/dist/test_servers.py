@@ -13,7 +13,6 @@ import pytest
 from moe_runs import ALPHA, RANK
 from safetensors import safe_open
 from servers import Servers
-from test_experts import te_pool  # noqa: F401 - a fixture
 from test_experts_files import checkpoints, exported  # noqa: F401 - a fixture
 
 
@@ -23,8 +22,8 @@ def servers():
 
 
 @pytest.mark.parametrize("family", moe_models.FAMILIES)
-def test_names_and_config(servers, te_pool, checkpoints, tmp_path, family):  # noqa: F811
-    values = exported(te_pool, checkpoints(family), tmp_path, "tp2-ep2-etp2", layout="fused")
+def test_names_and_config(servers, te_pool4, checkpoints, tmp_path, family):  # noqa: F811
+    values = exported(te_pool4, checkpoints(family), tmp_path, "tp2-ep2-etp2", layout="fused")
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         keys = list(file.keys())
     # PEFT needs to be told of Qwen2-MoE that its gate and up come to twice the rank; vLLM then makes room for that.

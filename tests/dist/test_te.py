@@ -7,26 +7,16 @@ Megatron's real wrapper classes over the stand-in of ``transformer_engine`` in t
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import reference
 import torch
-from harness import Layout, WorkerPool
+from harness import Layout
 from te_models import grouped_alone, linear_alone, parity_te
 from tiny_checkpoints import tiny
 
 from slime_plugins.lora import LoRAConfig
 
 RANK, ALPHA = 4, 12.0
-STUB = (str(Path(__file__).parents[1] / "te_stub"),)
-
-
-@pytest.fixture(scope="module")
-def te_pool():
-    pool = WorkerPool(2, path=STUB)
-    yield pool
-    pool.stop()
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +42,18 @@ def references(tmp_path_factory):
     [dict(), dict(tp=2), dict(tp=2, sp=True), dict(pp=2)],
     ids=["dp2", "tp2", "tp2-sp", "pp2"],
 )
-def test_parity(te_pool, references, layout, sizes):
+def test_parity(te_pool2, references, layout, sizes):
     path, tokens, logits, grads = references("qwen3", layout)
     config = LoRAConfig(rank=RANK, alpha=ALPHA, layout=layout)
-    results = te_pool.run(parity_te, path, config, logits, grads, tokens, None, **sizes)
+    results = te_pool2.run(parity_te, path, config, logits, grads, tokens, None, **sizes)
     check(results, adapters=4 * 4 * 2 // sizes.get("pp", 1))
 
 
-def test_bias_and_recompute(te_pool, references):
+def test_bias_and_recompute(te_pool2, references):
     """Qwen2 has a bias on q, k, v: TE adds it in its product, or Megatron asks for it to be returned."""
     path, tokens, logits, grads = references("qwen2", "fused")
     config = LoRAConfig(rank=RANK, alpha=ALPHA)
-    check(te_pool.run(parity_te, path, config, logits, grads, tokens, "full", tp=2, sp=True), adapters=4 * 4 * 2)
+    check(te_pool2.run(parity_te, path, config, logits, grads, tokens, "full", tp=2, sp=True), adapters=4 * 4 * 2)
 
 
 def check(results, adapters):
@@ -80,13 +70,13 @@ LINEARS = ("norm_column", "column", "row", "duplicated")
 
 @pytest.mark.parametrize("kind", LINEARS)
 @pytest.mark.parametrize("sp", [False, True])
-def test_linear_alone(te_pool, kind, sp):
+def test_linear_alone(te_pool2, kind, sp):
     """Output, input gradient and adapter gradients of one linear against one product on whole tensors.
 
     With and without a returned bias, frozen and trained base, gradient accumulation fused and not: none of them may
     change a number.
     """
-    for errors in te_pool.run(linear_alone, kind, tp=2, sp=sp):
+    for errors in te_pool2.run(linear_alone, kind, tp=2, sp=sp):
         assert len(errors) == 8
         for case, worst in errors.items():
             assert worst <= 1e-6, f"{case}: {worst:.2e}"
@@ -94,9 +84,9 @@ def test_linear_alone(te_pool, kind, sp):
 
 @pytest.mark.parametrize("rank", [3, 8])
 @pytest.mark.parametrize("leaf", ["linear_fc1", "linear_fc2"])
-def test_linear_of_experts_alone(te_pool, leaf, rank):
+def test_linear_of_experts_alone(te_pool2, leaf, rank):
     """Whole models with experts: test_experts.py."""
-    for errors in te_pool.run(grouped_alone, leaf, rank):
+    for errors in te_pool2.run(grouped_alone, leaf, rank):
         assert max(errors.values()) <= 1e-5, errors
 
 

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.utils import get_model_config
 
-from slime_plugins.lora.adapters import iter_adapters
+from slime_plugins.lora.adapters import is_adapter, iter_adapters
 from slime_plugins.lora.checkpoint import base
 from slime_plugins.lora.checkpoint.manifest import Adapter
 from slime_plugins.lora.checkpoint.storage import Shard, TensorReader
 from slime_plugins.lora.layers.sharding import Piece, Placement, pieces_of, placement_of
+from slime_plugins.lora.names import in_experts
 
 _LAYER = re.compile(r"(?:module\.)*decoder\.layers\.\d+")
 
@@ -104,7 +105,7 @@ def trained_base(model) -> list[str]:
 def _base_parameters(model) -> Iterator[tuple[torch.nn.Module, str, torch.nn.Parameter]]:
     for chunk in model if isinstance(model, (list, tuple)) else [model]:
         for name, parameter in chunk.named_parameters():
-            if ".lora_" not in name:
+            if not is_adapter(name):
                 yield chunk, name, parameter
 
 
@@ -129,7 +130,7 @@ def fingerprint_of_model(model) -> dict[str, Any]:
             if parameter.dtype.is_floating_point:
                 layers.append(layer)
                 sums.append(base.checksum(parameter))
-                experts.append(".mlp.experts." in name)
+                experts.append(in_experts(name))
                 dtype = dtype or parameter.dtype
             else:
                 packed[layer] = 1

@@ -13,7 +13,7 @@ from slime_plugins.lora.hf.peft_files import write_adapter
 from slime_plugins.lora.hf.peft_form import Projection, to_peft
 from slime_plugins.lora.inject import expert_group, pipeline_group
 from slime_plugins.lora.layers import LoRALinear, OneExpert
-from slime_plugins.lora.names import hf_names
+from slime_plugins.lora.names import hf_names, in_experts
 
 
 def export_peft(
@@ -63,9 +63,9 @@ def gather_projections(model) -> list[Projection] | None:
     """Every adapted projection whole, in layer order, on rank 0. Other ranks get a part of them, or None."""
     local = [projection for linear in iter_linears(model) for projection in _gather_linear(linear)]
     # Rank 0 is first in its expert group, and so are its peers of the other pipeline stages in theirs.
-    experts = _gather_on_first([p for p in local if ".mlp.experts." in p.name], expert_group())
+    experts = _gather_on_first([p for p in local if in_experts(p.name)], expert_group())
     if experts is not None:
-        local = [p for p in local if ".mlp.experts." not in p.name] + experts
+        local = [p for p in local if not in_experts(p.name)] + experts
     found = _gather_on_first(local, pipeline_group())
     return None if found is None else sorted(found, key=lambda p: int(p.name.split(".")[2]))
 
