@@ -236,7 +236,7 @@ def build_model(shapes: Shapes, setting: Setting, layer: Any = None, **of_config
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    from slime_plugins.lora.rehearsal.hf_base import HFBase
+    from slime_plugins.lora.base.decoder import HFBase
     from slime_plugins.lora.rehearsal.model import RMSNorm, local_layer_spec, transformer_config
 
     base = HFBase(

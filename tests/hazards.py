@@ -37,13 +37,13 @@ BREAKS = [
     Break(
         "1",
         "gather a gated B by plain concatenation of shards",
-        LORA + "hf/export.py",
+        LORA + "ends/export.py",
         "            B = _gather_tp(B, linear.lora_tp_group, dim=0)\n",
         "            n = B.shape[0] * linear.lora_tp_size\n"
         "            whole = _gather_tp(linear.lora_B.detach(), linear.lora_tp_group, dim=0)\n"
         "            gathered = _gather_tp(B, linear.lora_tp_group, dim=0)\n"
         "            B = whole[i * n : i * n + n] if len(spec.parts) == 2 else gathered\n",
-        "tests/dist/test_export.py -k families",
+        "tests/ends/test_export.py -k families",
     ),
     Break(
         "2",
@@ -52,7 +52,7 @@ BREAKS = [
         "    heads, pieces = num_heads // num_query_groups, 2 if gated else 1\n",
         "    head_dim, num_heads, num_query_groups = head_dim * num_query_groups, num_heads // num_query_groups, 1\n"
         "    heads, pieces = num_heads, 2 if gated else 1\n",
-        "tests/unit/test_layout.py tests/dist/test_base_model.py",
+        "tests/core/test_layout.py tests/rehearsal/test_base_model.py",
     ),
     Break(
         "3",
@@ -60,15 +60,15 @@ BREAKS = [
         LORA + "layers/adapter.py",
         "parameter.sequence_parallel = linear.lora_sequence_parallel",
         "parameter.sequence_parallel = False",
-        "tests/dist/test_training.py -k sizes_agree",
+        "tests/layers/test_training.py -k sizes_agree",
     ),
     Break(
         "3",
         "sum replicated gradients twice",
-        "tests/dist/adapted.py",
+        "tests/support/adapted.py",
         "    finalize_model_grads(model)\n",
         "    finalize_model_grads(model)\n    finalize_model_grads(model)\n",
-        "tests/dist/test_training.py -k sizes_agree",
+        "tests/layers/test_training.py -k sizes_agree",
     ),
     Break(
         "3",
@@ -76,7 +76,7 @@ BREAKS = [
         LORA + "layers/adapter.py",
         'key = f"{spec.config.seed}:',
         'key = f"{tp_rank}{spec.config.seed}:',
-        "tests/dist/test_adapters.py -k same_full_A",
+        "tests/layers/test_adapters.py -k same_full_A",
     ),
     Break(
         "4",
@@ -84,7 +84,7 @@ BREAKS = [
         LORA + "layers/adapter.py",
         "is_parallel=sharded, dim",
         "is_parallel=True, dim",
-        "tests/dist/test_training.py -k sizes_agree",
+        "tests/layers/test_training.py -k sizes_agree",
     ),
     Break(
         "5",
@@ -92,7 +92,7 @@ BREAKS = [
         LORA + "inject.py",
         "        hidden_states.requires_grad_(True)\n",
         "        pass\n",
-        "tests/dist/test_parity.py -k recompute",
+        "tests/layers/test_parity.py -k recompute",
     ),
     Break(
         "6",
@@ -100,7 +100,7 @@ BREAKS = [
         LORA + "layers/adapter.py",
         "        if sharded and self.lora_tp_group.size() > 1:\n",
         "        if False:\n",
-        "tests/dist/test_adapters.py -k dropout_masks",
+        "tests/layers/test_adapters.py -k dropout_masks",
     ),
     Break(
         "6",
@@ -108,7 +108,7 @@ BREAKS = [
         LORA + "layers/adapter.py",
         "        if sharded and self.lora_tp_group.size() > 1:\n",
         "        if self.lora_tp_group.size() > 1:\n",
-        "tests/dist/test_adapters.py -k dropout",
+        "tests/layers/test_adapters.py -k dropout",
     ),
     Break(
         "6",
@@ -117,7 +117,7 @@ BREAKS = [
         "        return torch.nn.functional.dropout(x, self.lora.config.dropout)\n\n",
         "        keep = torch.rand(x.shape, generator=_PRIVATE) >= self.lora.config.dropout\n"
         "        return x * keep / (1 - self.lora.config.dropout)\n\n",
-        "tests/dist/test_adapters.py -k recompute_replays",
+        "tests/layers/test_adapters.py -k recompute_replays",
     ),
     Break(
         "7",
@@ -126,7 +126,7 @@ BREAKS = [
         "            chunk.requires_grad_(False)\n",
         "            for name, parameter in chunk.named_parameters():\n"
         '                parameter.requires_grad_("output_layer" in name)\n',
-        "tests/dist/test_training.py -k pipeline",
+        "tests/layers/test_training.py -k pipeline",
     ),
     Break(
         "8",
@@ -134,23 +134,23 @@ BREAKS = [
         LORA + "layers/adapter.py",
         'if isinstance(linear, LoRALinear) and "lora_A" in linear._parameters:\n            hidden',
         'if isinstance(linear, LoRALinear) and "lora_C" in linear._parameters:\n            hidden',
-        "tests/dist/test_adapters.py -k can_hide",
+        "tests/layers/test_adapters.py -k can_hide",
     ),
     Break(
         "11",
         "write values that are not finite",
-        LORA + "hf/checks.py",
+        LORA + "peft/checks.py",
         "    if not math.isfinite(tensor.sum(dtype=torch.float64).item()):\n",
         "    if False:\n",
-        "tests/dist/test_export.py -k not_finite",
+        "tests/ends/test_export.py -k not_finite",
     ),
     Break(
         "11",
         "export what one pipeline stage has",
-        LORA + "hf/export.py",
+        LORA + "ends/export.py",
         "    found = _gather_on_first(local, pipeline_group())\n",
         "    found = local\n",
-        "tests/dist/test_export.py -k layer_numbers",
+        "tests/ends/test_export.py -k layer_numbers",
     ),
     Break(
         "12",
@@ -158,15 +158,15 @@ BREAKS = [
         LORA + "adapters.py",
         "                _write(linear.weight, weight)\n",
         "                _write(linear.weight, linear.weight.float() - linear.lora_delta_weight())\n",
-        "tests/dist/test_adapters.py -k merged",
+        "tests/layers/test_adapters.py -k merged",
     ),
     Break(
         "13",
         "give A the input from before the fused norm",
-        LORA + "layers/te.py",
+        LORA + "layers/forms/te.py",
         "self._lora_down(normed)",
         "self._lora_down(x)",
-        "tests/dist/test_te.py -k test_parity",
+        "tests/layers/test_te.py -k test_parity",
     ),
     Break(
         "14",
@@ -174,7 +174,7 @@ BREAKS = [
         LORA + "layers/adapter.py",
         "linear.lora_A.allreduce = linear.lora_B.allreduce = _expert_groups_are_dense(linear)",
         "linear.lora_A.allreduce = linear.lora_B.allreduce = True",
-        "tests/dist/test_experts.py -k twenty_steps",
+        "tests/layers/test_experts.py -k twenty_steps",
     ),
     Break(
         "14",
@@ -182,7 +182,7 @@ BREAKS = [
         LORA + "layers/adapter.py",
         "parameter.shared = etp_group.rank() > 0",
         "parameter.shared = False",
-        "tests/dist/test_experts.py -k test_grouped",
+        "tests/layers/test_experts.py -k test_grouped",
     ),
     Break(
         "14",
@@ -190,7 +190,7 @@ BREAKS = [
         LORA + "layers/adapter.py",
         'if self.lora.parallel != "duplicated" and _leaves_exchange_to_caller(self):',
         "if False:",
-        "tests/dist/test_experts.py -k test_shared_experts",
+        "tests/layers/test_experts.py -k test_shared_experts",
     ),
     Break(
         "14",
@@ -198,15 +198,15 @@ BREAKS = [
         LORA + "layers/spec.py",
         "    first = ep_group.rank() * num_local\n",
         "    first = 0\n",
-        "tests/dist/test_experts.py -k buffers_and_groups",
+        "tests/layers/test_experts.py -k buffers_and_groups",
     ),
     Break(
         "14",
         "stack the experts' B expert by expert, as A is",
-        LORA + "hf/moe_form.py",
+        LORA + "peft/experts_form.py",
         "B.permute(1, 2, 0).flatten(1)",
         "B.permute(1, 0, 2).flatten(1)",
-        "tests/unit/test_moe_form.py",
+        "tests/peft/test_moe_form.py",
     ),
     Break(
         "15",
@@ -214,23 +214,23 @@ BREAKS = [
         LORA + "inject.py",
         "{layer.layer_number - 1}",
         "{match[2]}",
-        "tests/dist/test_export.py -k layer_numbers",
+        "tests/ends/test_export.py -k layer_numbers",
     ),
     Break(
         "16",
         "let q, k and v share the fused A's storage",
-        LORA + "hf/peft_files.py",
+        LORA + "peft/directory.py",
         "            tensor = tensor.clone()\n",
         "            pass\n",
-        "tests/unit/test_peft_files.py",
+        "tests/peft/test_peft_files.py",
     ),
     Break(
         "17",
         "write the config's alpha beside a padded rank",
-        LORA + "hf/peft_form.py",
+        LORA + "peft/form.py",
         "alpha=_alpha(scaling, rank)",
         "alpha=config.alpha",
-        "tests/dist/test_export.py -k no_patterns",
+        "tests/ends/test_export.py -k no_patterns",
     ),
     Break(
         "18",
@@ -239,7 +239,7 @@ BREAKS = [
         "            chunk.requires_grad_(False)\n",
         "            for parameter in chunk.parameters():\n"
         "                parameter.requires_grad_(parameter.dim() == 1)\n",
-        "tests/dist/test_training.py -k sizes_agree",
+        "tests/layers/test_training.py -k sizes_agree",
     ),
     Break(
         "19",
@@ -247,7 +247,7 @@ BREAKS = [
         LORA + "adapters.py",
         "        linear.lora_enabled = False\n",
         "        linear.lora_enabled = True\n",
-        "tests/dist/test_adapters.py -k switched_off",
+        "tests/layers/test_adapters.py -k switched_off",
     ),
     Break(
         "21",
@@ -255,23 +255,23 @@ BREAKS = [
         LORA + "arguments.py",
         "0 < lr < LOW_LR",
         "0 < lr < 0",
-        "tests/unit/test_arguments.py",
+        "tests/core/test_arguments.py",
     ),
     Break(
         "1",
         "save the rows of a gated B as they lie on a rank",
-        LORA + "layers/sharding.py",
+        LORA + "layers/pieces.py",
         '        yield Piece(spec.name, f"lora_B.{part.name}", spec.rows_of(i), expert, B_dim)\n',
         '        if i == 0:\n            yield Piece(spec.name, "lora_B", slice(None), expert, B_dim)\n',
-        "tests/dist/test_checkpoint.py::test_resume[tp1]",
+        "tests/checkpoint/test_checkpoint.py::test_resume[tp1]",
     ),
     Break(
         "2",
         "cut q, k, v of a saved B as consecutive blocks",
-        LORA + "layers/sharding.py",
+        LORA + "layers/pieces.py",
         "spec.rows_of(i), expert, B_dim)",
         "spec.blocks[i].rows if len(spec.blocks) > 1 else slice(i * part.size, (i + 1) * part.size), expert, B_dim)",
-        "tests/dist/test_checkpoint_export.py -k live_model",
+        "tests/checkpoint/test_checkpoint_export.py -k live_model",
     ),
     Break(
         "9",
@@ -279,7 +279,7 @@ BREAKS = [
         LORA + "checkpoint/load.py",
         "        state.restart()\n",
         "        pass\n",
-        "tests/dist/test_checkpoint_faults.py -k masters_follow",
+        "tests/checkpoint/test_checkpoint_faults.py -k masters_follow",
     ),
     Break(
         "9",
@@ -287,31 +287,31 @@ BREAKS = [
         LORA + "checkpoint/load.py",
         "states[slot.parameter].setdefault(MASTER, weights[slot.parameter])",
         "states[slot.parameter][MASTER] = weights[slot.parameter]",
-        "tests/dist/test_checkpoint.py -k bf16",
+        "tests/checkpoint/test_checkpoint.py -k bf16",
     ),
     Break(
         "10",
         "save the tensor-parallel shard of the first rank alone",
-        LORA + "layers/sharding.py",
+        LORA + "layers/pieces.py",
         "return self.replica == 0 and (piece.sharded_dim is not None or self.shard == 0)",
         "return self.replica == 0 and self.shard == 0",
-        "tests/dist/test_checkpoint.py::test_resume[tp1]",
+        "tests/checkpoint/test_checkpoint.py::test_resume[tp1]",
     ),
     Break(
         "10",
         "let every data-parallel rank write its copy",
-        LORA + "layers/sharding.py",
+        LORA + "layers/pieces.py",
         "return self.replica == 0 and (",
         "return (",
-        "tests/dist/test_checkpoint.py::test_resume[dp2]",
+        "tests/checkpoint/test_checkpoint.py::test_resume[dp2]",
     ),
     Break(
         "10",
         "tell Megatron that adapters are replicated",
-        LORA + "layers/sharding.py",
+        LORA + "layers/pieces.py",
         "        sharded = piece.sharded_dim is not None\n",
         "        sharded = False\n",
-        "tests/dist/test_checkpoint_saving.py -k megatrons_own",
+        "tests/checkpoint/test_checkpoint_saving.py -k megatrons_own",
     ),
     Break(
         "11",
@@ -319,7 +319,7 @@ BREAKS = [
         LORA + "checkpoint/load.py",
         "        found = adapter_differences(manifest.adapters, adapters)\n",
         "        found = []\n",
-        "tests/dist/test_checkpoint_faults.py -k another_config",
+        "tests/checkpoint/test_checkpoint_faults.py -k another_config",
     ),
     Break(
         "11",
@@ -327,7 +327,7 @@ BREAKS = [
         LORA + "checkpoint/save.py",
         "    everywhere(lambda: _check_finite(slots, shards))\n",
         "",
-        "tests/dist/test_checkpoint_faults.py -k would_lie",
+        "tests/checkpoint/test_checkpoint_faults.py -k would_lie",
     ),
     Break(
         "11",
@@ -335,15 +335,15 @@ BREAKS = [
         LORA + "checkpoint/storage.py",
         "        if hashlib.sha256(data).hexdigest() != record.sha256:\n",
         "        if False:\n",
-        "tests/dist/test_checkpoint_faults.py -k flipped_bytes",
+        "tests/checkpoint/test_checkpoint_faults.py -k flipped_bytes",
     ),
     Break(
         "12",
         "round the delta before it is added to the base",
-        LORA + "hf/merge.py",
-        "    merged = (weight.float() + delta).to(weight.dtype)\n",
-        "    merged = weight + delta.to(weight.dtype)\n",
-        "tests/unit/test_merge.py tests/dist/test_checkpoint_export.py -k rounded_once",
+        LORA + "projections.py",
+        "    merged = update.add(weight).to(weight.dtype)\n",
+        "    merged = weight + update.to(weight.dtype)\n",
+        "tests/base/test_merge.py tests/checkpoint/test_checkpoint_export.py -k rounded_once",
     ),
     Break(
         "17",
@@ -351,7 +351,7 @@ BREAKS = [
         LORA + "checkpoint/manifest.py",
         'checksums.get("this file") != _self_digest(content)',
         'checksums.get("this file") is None',
-        "tests/unit/test_checkpoint_files.py -k edited",
+        "tests/checkpoint/test_checkpoint_files.py -k edited",
     ),
     Break(
         "20",
@@ -359,7 +359,7 @@ BREAKS = [
         LORA + "checkpoint/directory.py",
         "    flush_tree(staged)\n    move_in(staged, target, old)\n    fsync(root)\n    _write_tracker(root, name)\n",
         "    _write_tracker(root, name)\n    flush_tree(staged)\n    move_in(staged, target, old)\n    fsync(root)\n",
-        "tests/unit/test_checkpoint_files.py -k killed_at_every",
+        "tests/checkpoint/test_checkpoint_files.py -k killed_at_every",
     ),
     Break(
         "20",
@@ -367,7 +367,7 @@ BREAKS = [
         LORA + "checkpoint/directory.py",
         "            shutil.rmtree(leftover)\n",
         "            pass\n",
-        "tests/unit/test_checkpoint_files.py -k killed_at_every",
+        "tests/checkpoint/test_checkpoint_files.py -k killed_at_every",
     ),
     Break(
         "20",
@@ -375,7 +375,7 @@ BREAKS = [
         LORA + "checkpoint/model.py",
         'weight.to("cpu", copy=True, memory_format=torch.contiguous_format)',
         "weight",
-        "tests/dist/test_checkpoint_saving.py -k asynchronous",
+        "tests/checkpoint/test_checkpoint_saving.py -k asynchronous",
     ),
     Break(
         "resume",
@@ -383,7 +383,7 @@ BREAKS = [
         LORA + "checkpoint/optimizer.py",
         '            if "step" in scalars:\n',
         "            if False:\n",
-        "tests/dist/test_checkpoint.py::test_resume[dp2]",
+        "tests/checkpoint/test_checkpoint.py::test_resume[dp2]",
     ),
     Break(
         "resume",
@@ -391,7 +391,7 @@ BREAKS = [
         LORA + "checkpoint/load.py",
         '        rng.set_local_state(rng.unpack(common["rng"], rank()))\n',
         "        pass\n",
-        "tests/dist/test_checkpoint_saving.py -k random_states",
+        "tests/checkpoint/test_checkpoint_saving.py -k random_states",
     ),
 ]
 

@@ -15,8 +15,8 @@ _PUBLIC = {
     "merged": "adapters",
     "save_adapter": "checkpoint.save",
     "load_adapter": "checkpoint.load",
-    "export_peft": "hf.export",
-    "import_peft": "hf.import_",
+    "export_peft": "ends.export",
+    "import_peft": "ends.import_",
 }
 
 __all__ = list(_PUBLIC)

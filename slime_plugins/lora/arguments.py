@@ -52,24 +52,6 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     return parser
 
 
-def config_from_args(args: argparse.Namespace) -> LoRAConfig:
-    """The ``LoRAConfig`` that parsed flags describe. Raises UsageError as ``LoRAConfig`` does."""
-    return LoRAConfig(
-        rank=args.lora_r,
-        alpha=args.lora_alpha,
-        dropout=args.lora_dropout,
-        target_modules=_names(args.lora_target_modules),
-        exclude_modules=_names(args.lora_exclude_modules),
-        layout=args.lora_layout,
-        use_rslora=args.lora_rslora,
-        init=args.lora_init,
-        dtype=args.lora_dtype,
-        rank_pattern=args.lora_rank_pattern,
-        alpha_pattern=args.lora_alpha_pattern,
-        seed=getattr(args, "seed", _DEFAULTS.seed),
-    )
-
-
 def validate_lora_args(args: argparse.Namespace) -> None:
     """Check the LoRA flags against each other and the trainer's.
 
@@ -83,7 +65,7 @@ def validate_lora_args(args: argparse.Namespace) -> None:
         if given:
             raise UsageError(f"{', '.join(given)} given without --use-lora; add --use-lora, or drop them")
         return
-    config_from_args(args)
+    LoRAConfig.from_args(args)
     lr = getattr(args, "lr", None)
     if lr is not None and 0 < lr < LOW_LR:
         warnings.warn(
@@ -100,11 +82,6 @@ def _changed_flags(args: argparse.Namespace) -> list[str]:
         for name, default in defaults.items()
         if name != "use_lora" and getattr(args, name, default) != default
     ]
-
-
-def _names(values: list[str] | str) -> tuple[str, ...]:
-    values = [values] if isinstance(values, str) else values
-    return tuple(name for value in values for name in value.split(",") if name)
 
 
 def _json_object(text: str) -> dict:

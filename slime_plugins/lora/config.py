@@ -91,16 +91,32 @@ class LoRAConfig:
     @classmethod
     def from_args(cls, args) -> LoRAConfig:
         """Read the flags of ``add_lora_arguments`` from a parsed namespace; A's seed is ``args.seed``."""
-        from slime_plugins.lora.arguments import config_from_args
-
-        return config_from_args(args)
+        return cls(
+            rank=args.lora_r,
+            alpha=args.lora_alpha,
+            dropout=args.lora_dropout,
+            target_modules=_names(args.lora_target_modules),
+            exclude_modules=_names(args.lora_exclude_modules),
+            layout=args.lora_layout,
+            use_rslora=args.lora_rslora,
+            init=args.lora_init,
+            dtype=args.lora_dtype,
+            rank_pattern=args.lora_rank_pattern,
+            alpha_pattern=args.lora_alpha_pattern,
+            seed=getattr(args, "seed", cls.seed),
+        )
 
     @classmethod
-    def from_peft(cls, adapter_dir) -> LoRAConfig:
-        """Read a PEFT adapter directory's ``adapter_config.json``. Raises ValueError on what Megatron cannot hold."""
-        from slime_plugins.lora.hf.import_ import config_from_peft
+    def from_peft(cls, adapter_dir, layout: str | None = None) -> LoRAConfig:
+        """Of a model that holds this PEFT adapter exactly. Raises ValueError on what Megatron cannot hold.
 
-        return config_from_peft(adapter_dir)
+        Args:
+            layout: ``split``, or ``fused``, where different As of one linear are stacked at the sum of their ranks;
+                None takes ``fused`` if the projections of every linear share their A, as those of a fused export do.
+        """
+        from slime_plugins.lora.peft.read import config_options
+
+        return cls(**config_options(adapter_dir, layout))
 
     def to_peft(self, *, base_model: str, target_modules: list[str], rank: int, alpha: float) -> dict[str, Any]:
         """The flat ``adapter_config.json`` that PEFT, transformers, vLLM and SGLang read alike.
@@ -108,20 +124,16 @@ class LoRAConfig:
         SGLang ignores ``use_rslora`` and the patterns, so scaling is baked into ``alpha`` and ranks are padded by
         the exporter; ``rank`` and ``alpha`` here are the exported ones.
         """
-        return {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base_model,
-            "r": rank,
-            "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-            "lora_dropout": self.dropout,
-            "target_modules": target_modules,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-            "init_lora_weights": True,
-            "modules_to_save": None,
-        }
+        from slime_plugins.lora.peft.form import flat_config
+
+        return flat_config(
+            base_model=base_model, target_modules=target_modules, rank=rank, alpha=alpha, dropout=self.dropout
+        )
+
+
+def _names(values: list[str] | str) -> tuple[str, ...]:
+    values = [values] if isinstance(values, str) else values
+    return tuple(name for value in values for name in value.split(",") if name)
 
 
 def _check_rank(name: str, rank: Any) -> None:

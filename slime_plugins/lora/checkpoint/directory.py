@@ -18,7 +18,7 @@ import shutil
 from pathlib import Path
 
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.hf.atomic import flush_tree, fsync, move_in
+from slime_plugins.lora.files.atomic import flush_tree, fsync, move_in
 
 TRACKER = "latest_checkpointed_iteration.txt"
 ADAPTER_JSON = "adapter.json"

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import torch
 
-from slime_plugins.lora.checkpoint import base, directory, storage
-from slime_plugins.lora.checkpoint.manifest import Adapter, Manifest
+from slime_plugins.lora.base import fingerprint as base
+from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+from slime_plugins.lora.checkpoint import directory, storage
+from slime_plugins.lora.checkpoint.manifest import Manifest
 from slime_plugins.lora.checkpoint.writer import complete, pack_common
-from slime_plugins.lora.hf.headers import BaseCheckpoint
-from slime_plugins.lora.hf.import_ import PeftAdapter, config_from_peft
+from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.names import hf_names
+from slime_plugins.lora.peft.read import PeftAdapter
+from slime_plugins.lora.projections import Adapter
 
 
 def import_checkpoint(
@@ -28,7 +31,7 @@ def import_checkpoint(
         ValueError, OSError: the adapter is damaged, holds what Megatron cannot, or does not fit the base.
     """
     checkpoint = BaseCheckpoint(hf_checkpoint)
-    config = config_from_peft(adapter_dir)
+    config = LoRAConfig.from_peft(adapter_dir)
     source = PeftAdapter(adapter_dir)
     adapters: dict[str, Adapter] = {}
     shards: list[storage.Shard] = []
@@ -41,7 +44,9 @@ def import_checkpoint(
         leaves = tuple(module.rpartition(".")[2] for module in modules)
         scalings = tuple(source.scaling(module) for module in modules)
         adapters[linear] = Adapter(leaves, ranks, scalings, "split" if split else "fused")
-        shards += _shards(linear, leaves, pairs, max(ranks), split)
+        for key, tensor in adapters[linear].tensors(pairs).items():
+            whole = tensor.contiguous().clone()
+            shards.append(storage.Shard(f"{linear}.{key}", whole, tuple(whole.shape), (0, 0)))
     layers = base.architecture_of_hf(checkpoint.config)["num_layers"]
     manifest = Manifest(
         step=None,
@@ -54,18 +59,6 @@ def import_checkpoint(
     staged = directory.stage(out, None)
     written = storage.write_shards(staged, 0, shards)
     return complete(staged, [written], pack_common(), manifest), manifest
-
-
-def _shards(linear: str, leaves, pairs, rank: int, split: bool):
-    """Whole tensors under the names that ``layers.sharding`` gives them; of a split layout padded to one rank."""
-    tensors = {f"{linear}.lora_A": pairs[0][0]} if not split else {}
-    for leaf, (A, B) in zip(leaves, pairs):
-        pad = rank - A.shape[0]
-        if split:
-            tensors[f"{linear}.lora_A.{leaf}"] = torch.nn.functional.pad(A, (0, 0, 0, pad))
-        tensors[f"{linear}.lora_B.{leaf}"] = torch.nn.functional.pad(B, (0, pad))
-    for key, tensor in tensors.items():
-        yield storage.Shard(key, tensor.contiguous().clone(), tuple(tensor.shape), (0, 0))
 
 
 def _check_fits(checkpoint: BaseCheckpoint, module: str, A: torch.Tensor, B: torch.Tensor) -> None:

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 
 from slime_plugins.lora.adapters import config_of
-from slime_plugins.lora.checkpoint import base, directory, rng
-from slime_plugins.lora.checkpoint.collective import all_gather, everywhere, on_rank_0, rank
+from slime_plugins.lora.base import fingerprint as base
+from slime_plugins.lora.checkpoint import directory, rng
 from slime_plugins.lora.checkpoint.manifest import Manifest, adapter_differences
 from slime_plugins.lora.checkpoint.model import Slot, adapters_of, fingerprint_of_model, parallelism, slots_of
 from slime_plugins.lora.checkpoint.optimizer import MASTER, OptimizerState, stored_states
 from slime_plugins.lora.checkpoint.save import finish_pending
 from slime_plugins.lora.checkpoint.storage import TensorReader
 from slime_plugins.lora.checkpoint.writer import read_common
-from slime_plugins.lora.layers.sharding import Piece
+from slime_plugins.lora.layers.pieces import Piece
+from slime_plugins.lora.parallel import all_gather, everywhere, on_rank_0, rank
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,30 +11,11 @@ from typing import Any
 
 from slime_plugins.lora.checkpoint.directory import ADAPTER_JSON
 from slime_plugins.lora.config import LoRAConfig
+from slime_plugins.lora.projections import Adapter
 from slime_plugins.lora.version import __version__
 
 FORMAT = "slime-lora adapter"
 FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What one adapter computes, apart from its values."""
-
-    projections: tuple[str, ...]
-    """Adapted Hugging Face leaves, in the order of the fused rows."""
-    ranks: tuple[int, ...]
-    """Of each projection."""
-    scalings: tuple[float, ...]
-    """Factor on B A of each projection."""
-    layout: str
-    """``fused`` or ``split``; a linear that is one projection is ``fused``."""
-
-    @classmethod
-    def of(cls, spec) -> Adapter:
-        """From a ``layers.AdapterSpec``."""
-        names = tuple(part.name for part in spec.parts)
-        return cls(names, tuple(spec.ranks), tuple(spec.scalings), "split" if spec.split else "fused")
 
 
 @dataclass(frozen=True, kw_only=True)

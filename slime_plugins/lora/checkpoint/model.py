@@ -13,11 +13,11 @@ from megatron.core import parallel_state as mpu
 from megatron.core.utils import get_model_config
 
 from slime_plugins.lora.adapters import is_adapter, iter_adapters
-from slime_plugins.lora.checkpoint import base
-from slime_plugins.lora.checkpoint.manifest import Adapter
+from slime_plugins.lora.base import fingerprint as base
 from slime_plugins.lora.checkpoint.storage import Shard, TensorReader
-from slime_plugins.lora.layers.sharding import Piece, Placement, pieces_of, placement_of
+from slime_plugins.lora.layers.pieces import Piece, Placement, pieces_of, placement_of
 from slime_plugins.lora.names import in_experts
+from slime_plugins.lora.projections import Adapter
 
 _LAYER = re.compile(r"(?:module\.)*decoder\.layers\.\d+")
 
@@ -94,7 +94,7 @@ def slots_of(model) -> list[Slot]:
 
 def adapters_of(model) -> dict[str, Adapter]:
     """This rank's adapters by name."""
-    return {one.lora.name: Adapter.of(one.lora) for linear in iter_adapters(model) for one in linear.lora_linears()}
+    return {one.lora.name: one.lora.record for linear in iter_adapters(model) for one in linear.lora_linears()}
 
 
 def trained_base(model) -> list[str]:

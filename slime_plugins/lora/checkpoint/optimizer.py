@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from slime_plugins.lora.checkpoint.collective import all_gather
+from slime_plugins.lora.parallel import all_gather
 
 MASTER = "param"
 """The float32 copy of a 16-bit parameter, under Megatron's name for it."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from slime_plugins.lora.checkpoint import base, directory
-from slime_plugins.lora.checkpoint.manifest import Adapter, Manifest
+from slime_plugins.lora.base import fingerprint as base
+from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+from slime_plugins.lora.checkpoint import directory
+from slime_plugins.lora.checkpoint.manifest import Manifest
 from slime_plugins.lora.checkpoint.storage import TensorReader
-from slime_plugins.lora.hf.headers import BaseCheckpoint
-from slime_plugins.lora.hf.peft_form import Projection
-from slime_plugins.lora.names import hf_names
+from slime_plugins.lora.projections import Projection
 
 
 class AdapterCheckpoint:
@@ -30,21 +30,12 @@ class AdapterCheckpoint:
     def projections(self) -> Iterator[Projection]:
         """Every adapted projection whole, in layer order, read one at a time."""
         for name, adapter in self.manifest.adapters.items():
-            full_names = {full.rsplit(".", 1)[-1]: full for full in hf_names(name)}
-            for i, leaf in enumerate(adapter.projections):
-                yield self._projection(name, adapter, i, full_names[leaf])
-
-    def _projection(self, name: str, adapter: Adapter, i: int, full_name: str) -> Projection:
-        leaf, rank = adapter.projections[i], adapter.ranks[i]
-        A_key = f"{name}.lora_A.{leaf}" if adapter.layout == "split" else f"{name}.lora_A"
-        try:
-            A, B = self._reader.read(A_key), self._reader.read(f"{name}.lora_B.{leaf}")
-        except KeyError as error:
-            raise ValueError(f"{self.path} has no tensor {error}") from None
-        # In a split layout, narrower projections are padded to the widest, and the padding must contribute nothing.
-        if A[rank:].any() and B[:, rank:].any():
-            raise ValueError(f"{self.path}: {full_name} has rank {rank}, but values beyond it")
-        return Projection(full_name, A[:rank].clone(), B[:, :rank].clone(), adapter.scalings[i])
+            try:
+                yield from adapter.whole(name, lambda key, name=name: self._reader.read(f"{name}.{key}"))
+            except KeyError as error:
+                raise ValueError(f"{self.path} has no tensor {error}") from None
+            except ValueError as error:
+                raise ValueError(f"{self.path}: {error}") from None
 
     def check_base(self, checkpoint: BaseCheckpoint) -> None:
         """Raise ValueError for another base: other sizes, or other weights in the first layer (which is read)."""

@@ -14,7 +14,6 @@ import torch
 
 from slime_plugins.lora.adapters import config_of
 from slime_plugins.lora.checkpoint import directory, rng, storage
-from slime_plugins.lora.checkpoint.collective import all_gather, attempt, everywhere, gather, on_rank_0, rank
 from slime_plugins.lora.checkpoint.manifest import Manifest
 from slime_plugins.lora.checkpoint.model import (
     Slot,
@@ -26,6 +25,7 @@ from slime_plugins.lora.checkpoint.model import (
 )
 from slime_plugins.lora.checkpoint.optimizer import OptimizerState, stored_states
 from slime_plugins.lora.checkpoint.writer import complete, pack_common
+from slime_plugins.lora.parallel import all_gather, attempt, everywhere, gather, on_rank_0, rank
 
 
 @dataclass

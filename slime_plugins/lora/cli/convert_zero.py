@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     from slime_plugins.lora.cli.verify import table
     from slime_plugins.lora.errors import UsageError
-    from slime_plugins.lora.hf.zero import convert_zero
+    from slime_plugins.lora.zero.convert import convert_zero
 
     if os.path.isdir(args.out) and os.listdir(args.out) and not args.force:
         raise UsageError(f"--out {args.out} is not empty; give --force to replace an adapter in it")

@@ -46,9 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write what was asked for; 0, or the error that ``cli.main`` prints."""
+    from slime_plugins.lora.base.checkpoint import BaseCheckpoint
     from slime_plugins.lora.checkpoint.reader import AdapterCheckpoint
     from slime_plugins.lora.errors import UsageError
-    from slime_plugins.lora.hf.headers import BaseCheckpoint
 
     if args.merge and (args.peft_patterns or args.serve_dir):
         flag = "--peft-patterns" if args.peft_patterns else "--serve-dir"
@@ -68,11 +68,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _export(projections, config, args: argparse.Namespace) -> None:
-    from slime_plugins.lora.hf.peft_files import write_adapter
-    from slime_plugins.lora.hf.peft_form import to_peft
-    from slime_plugins.lora.hf.serve_dir import make_serve_dir
+    from slime_plugins.lora.peft.directory import write_adapter
+    from slime_plugins.lora.peft.form import to_peft
+    from slime_plugins.lora.peft.serve_dir import make_serve_dir
 
-    adapter = to_peft(projections, config, args.hf_checkpoint, patterns=args.peft_patterns, moe_format=args.moe_format)
+    adapter = to_peft(
+        projections,
+        args.hf_checkpoint,
+        dropout=config.dropout,
+        patterns=args.peft_patterns,
+        moe_format=args.moe_format,
+    )
     write_adapter(args.out, *adapter, base=args.hf_checkpoint)
     if args.serve_dir:
         make_serve_dir(args.hf_checkpoint, args.out, args.serve_dir)
@@ -80,7 +86,7 @@ def _export(projections, config, args: argparse.Namespace) -> None:
 
 
 def _merge(projections, args: argparse.Namespace) -> None:
-    from slime_plugins.lora.hf.merge import merge_checkpoint
+    from slime_plugins.lora.base.merge import merge_checkpoint
 
     rounding = merge_checkpoint(projections, args.hf_checkpoint, args.out)
     print(

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do it and say what was done. Raises as ``checkout``'s functions do."""
     from slime_plugins.lora.errors import UsageError
-    from slime_plugins.lora.slime import checkout
+    from slime_plugins.lora.slime.patch import checkout
 
     if args.copy and args.action != "apply":
         raise UsageError(f"--copy is for apply, not {args.action}")
@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(made) -> int:
-    from slime_plugins.lora.slime import checkout
-    from slime_plugins.lora.slime.seams import SEAMS
+    from slime_plugins.lora.slime.patch import checkout
+    from slime_plugins.lora.slime.patch.seams import SEAMS
 
     for seam in SEAMS:
         state = made.problems.get(seam.name)

@@ -7,7 +7,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from slime_plugins.lora.arguments import add_lora_arguments, config_from_args
+from slime_plugins.lora.arguments import add_lora_arguments
+from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 
 NAME = "plan"
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     base.check_parallel(tp=args.tp, pp=args.pp)
     cost = cost_of(
         base.shapes(),
-        config_from_args(args),
+        LoRAConfig.from_args(args),
         num_layers=base.num_layers,
         tied=base.tied,
         tp=args.tp,
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read_base(path: Path):
-    from slime_plugins.lora.rehearsal.hf_base import HFBase
+    from slime_plugins.lora.base.decoder import HFBase
 
     config_file = path / "config.json"
     if not config_file.is_file():

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from slime_plugins.lora.hf.verify import Report
+    from slime_plugins.lora.peft.verify import Report
 
 NAME = "verify"
 HELP = "Check that a PEFT adapter is whole, non-empty, trained, and fits its config and its base."
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; 0 if the adapter is good, else 1."""
-    from slime_plugins.lora.hf.verify import verify_adapter
+    from slime_plugins.lora.peft.verify import verify_adapter
 
     report = verify_adapter(args.adapter, args.hf_checkpoint)
     print(json.dumps(report.to_dict(), indent=2) if args.json else table(report))

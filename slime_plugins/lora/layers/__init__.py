@@ -1,8 +1,8 @@
 """LoRA forms of Megatron's linears: a subclass per base class, entered in place by ``adapt``."""
 
 from slime_plugins.lora.layers.adapter import LoRALinear, adapt, hide_adapters
-from slime_plugins.lora.layers.experts import OneExpert, linears_of_experts
-from slime_plugins.lora.layers.megatron import adapted_class, weight_shards
+from slime_plugins.lora.layers.forms.experts import OneExpert, linears_of_experts
+from slime_plugins.lora.layers.forms.megatron import adapted_class, weight_shards
 from slime_plugins.lora.layers.spec import AdapterSpec, check_gradients, spec_for
 
 __all__ = [

@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from slime_plugins.lora.layers.lowrank import Collective, Dense, down, up
-from slime_plugins.lora.layers.sharding import adapter_sharded_tensors
+from slime_plugins.lora.layers.pieces import adapter_sharded_tensors
 from slime_plugins.lora.layers.spec import AdapterSpec, base_weights, tp_group_of
 
 # parallel mode, where the tokens are -> collective on h forward, on dh backward. See the table in ``lowrank``.

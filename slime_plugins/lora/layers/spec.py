@@ -13,6 +13,7 @@ from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.layers.lowrank import Block
 from slime_plugins.lora.layout import Part, gated_parts, qkv_parts, whole
 from slime_plugins.lora.names import hf_names, of_expert
+from slime_plugins.lora.projections import Adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,12 @@ class AdapterSpec:
     """Experts stacked in A and B on this rank, as numbers in the whole layer; None: A and B are matrices."""
     num_experts: int = 1
     """Experts of the whole layer."""
+
+    @property
+    def record(self) -> Adapter:
+        """What it computes, as checkpoints say it."""
+        names = tuple(part.name for part in self.parts)
+        return Adapter(names, self.ranks, self.scalings, "split" if self.split else "fused")
 
     @property
     def num_A(self) -> int:

@@ -25,8 +25,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from slime_plugins.lora.base.decoder import HFBase, Weights
 from slime_plugins.lora.layout import gated_parts, qkv_parts
-from slime_plugins.lora.rehearsal.hf_base import HFBase, Weights
 
 _LAYER = re.compile(r"decoder\.layers\.\d+\.(.+)")
 _NORMS = {

@@ -103,8 +103,8 @@ def draw_curve(out: Path, steps: list[dict], title: str) -> None:
 
 def serve_command(out: Path, dtype: str, device: str) -> str:
     """Make ``serve/`` (links to base and adapter) and return the shell command that serves it."""
-    from slime_plugins.lora.hf.peft_files import read_config
-    from slime_plugins.lora.hf.serve_dir import make_serve_dir
+    from slime_plugins.lora.peft.directory import read_config
+    from slime_plugins.lora.peft.serve_dir import make_serve_dir
 
     base = read_config(out / ADAPTER)["base_model_name_or_path"]
     directory = make_serve_dir(base, out / ADAPTER, out / SERVE)

@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+from slime_plugins.lora.base.decoder import HFBase
 from slime_plugins.lora.checkpoint import directory
 from slime_plugins.lora.checkpoint.manifest import Manifest
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.names import megatron_name
 from slime_plugins.lora.rehearsal.builtin import builtin_checkpoint
-from slime_plugins.lora.rehearsal.hf_base import HFBase
 from slime_plugins.lora.rehearsal.outputs import check_replaceable
 from slime_plugins.lora.rehearsal.settings import Settings
 from slime_plugins.lora.rehearsal.task import read_prompts

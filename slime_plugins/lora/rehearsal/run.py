@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from slime_plugins.lora.hf.verify import verify_adapter
+from slime_plugins.lora.objectives.grpo import Batch, group_advantages, make_batch
+from slime_plugins.lora.peft.verify import verify_adapter
 from slime_plugins.lora.rehearsal import outputs
 from slime_plugins.lora.rehearsal.cluster import Cluster, ray_cluster, resolve_device
 from slime_plugins.lora.rehearsal.display import Display
-from slime_plugins.lora.rehearsal.grpo import Batch, group_advantages, make_batch
 from slime_plugins.lora.rehearsal.outputs import Recorder
 from slime_plugins.lora.rehearsal.settings import Settings
 from slime_plugins.lora.rehearsal.task import REWARDS, Prompt, read_prompts, shuffled

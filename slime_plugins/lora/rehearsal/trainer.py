@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from slime_plugins.lora.objectives.grpo import Batch, grpo_loss
 from slime_plugins.lora.rehearsal import cpu
-from slime_plugins.lora.rehearsal.grpo import Batch, grpo_loss
 from slime_plugins.lora.rehearsal.settings import Settings
 
 
@@ -41,7 +41,7 @@ class RankTrainer:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
         from slime_plugins.lora import apply_lora
-        from slime_plugins.lora.rehearsal.hf_base import HFBase
+        from slime_plugins.lora.base.decoder import HFBase
         from slime_plugins.lora.rehearsal.model import build_chunks
 
         self.settings = settings

@@ -34,4 +34,4 @@ __all__ = list(_HOOKS)
 def __getattr__(name: str):
     if name not in _HOOKS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOOKS[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.hooks.{_HOOKS[name]}"), name)

@@ -1,0 +1,236 @@
+"""A dense decoder as Hugging Face stores it: sizes, the tensors it must have, reading shards of them. No Megatron.
+
+Everything that can be wrong with a directory is found from the config and the file headers, without torch, before any
+process starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import safe_open
+
+from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+from slime_plugins.lora.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+# architecture -> (bias on q, k, v; RMSNorm on each q and k head)
+ARCHITECTURES = {
+    "LlamaForCausalLM": (False, False),
+    "Qwen2ForCausalLM": (True, False),
+    "Qwen3ForCausalLM": (False, True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFBase:
+    """A dense decoder of a supported family, as its ``config.json`` describes it."""
+
+    path: Path
+    architecture: str
+    num_layers: int
+    hidden: int
+    ffn: int
+    num_heads: int
+    num_query_groups: int
+    """Key/value heads."""
+    head_dim: int
+    vocab_size: int
+    norm_eps: float
+    rope_theta: float
+    llama3_rope: dict | None
+    """``factor, low_freq_factor, high_freq_factor, original_max_position_embeddings``, or None without scaling."""
+    tied: bool
+    """The output layer is the embedding."""
+    max_positions: int
+
+    @property
+    def qkv_bias(self) -> bool:
+        return ARCHITECTURES[self.architecture][0]
+
+    @property
+    def qk_norm(self) -> bool:
+        return ARCHITECTURES[self.architecture][1]
+
+    @classmethod
+    def read(cls, path: str | Path) -> HFBase:
+        """Describe a checkpoint directory and check that its files hold the tensors of that description.
+
+        Raises:
+            UsageError: not a directory, no ``config.json``, no safetensors files.
+            ValueError: something in the config is not supported, a file is damaged, or tensors are missing,
+                unexpected or of another shape.
+        """
+        checkpoint = BaseCheckpoint(path)
+        base = cls._from_config(checkpoint.config, Path(path))
+        base._check_tensors({name: weight.shape for name, weight in checkpoint.weights.items()})
+        return base
+
+    @classmethod
+    def _from_config(cls, config: dict, path: Path) -> HFBase:
+        config_file = path / "config.json"
+        architecture = (config.get("architectures") or [None])[0]
+        if architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"{config_file}: architecture {architecture} is not supported, only {', '.join(ARCHITECTURES)}"
+            )
+        _refuse_unsupported(config, config_file, architecture)
+        theta, llama3_rope = _rope(config, config_file)
+        try:
+            hidden, num_heads = config["hidden_size"], config["num_attention_heads"]
+            return cls(
+                path=path,
+                architecture=architecture,
+                num_layers=config["num_hidden_layers"],
+                hidden=hidden,
+                ffn=config["intermediate_size"],
+                num_heads=num_heads,
+                num_query_groups=config.get("num_key_value_heads") or num_heads,
+                head_dim=config.get("head_dim") or hidden // num_heads,
+                vocab_size=config["vocab_size"],
+                norm_eps=config.get("rms_norm_eps", 1e-6),
+                rope_theta=theta,
+                llama3_rope=llama3_rope,
+                tied=config.get("tie_word_embeddings", False),
+                max_positions=config.get("max_position_embeddings", 4096),
+            )
+        except KeyError as error:
+            raise ValueError(f"{config_file}: key {error} is missing") from None
+
+    def _check_tensors(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        expected = self.shapes()
+        # A tied head may be stored all the same, and old checkpoints carry rotary buffers: transformers drops both.
+        found = {name for name in shapes if not name.endswith("rotary_emb.inv_freq")}
+        found -= {"lm_head.weight"} if self.tied else set()
+        if found != expected.keys():
+            raise ValueError(
+                f"{self.path}: tensors do not fit {self.architecture} with {self.num_layers} layers; "
+                f"missing: {_listed(expected.keys() - found)}; unexpected: {_listed(found - expected.keys())}"
+            )
+        for name, shape in expected.items():
+            if shapes[name] != shape:
+                raise ValueError(f"{self.path}: {name} has shape {list(shapes[name])}, config.json says {list(shape)}")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor that the checkpoint must hold."""
+        q_rows, kv_rows = self.num_heads * self.head_dim, self.num_query_groups * self.head_dim
+        shapes = {"model.embed_tokens.weight": (self.vocab_size, self.hidden), "model.norm.weight": (self.hidden,)}
+        if not self.tied:
+            shapes["lm_head.weight"] = (self.vocab_size, self.hidden)
+        layer = {
+            "input_layernorm.weight": (self.hidden,),
+            "post_attention_layernorm.weight": (self.hidden,),
+            "self_attn.q_proj.weight": (q_rows, self.hidden),
+            "self_attn.k_proj.weight": (kv_rows, self.hidden),
+            "self_attn.v_proj.weight": (kv_rows, self.hidden),
+            "self_attn.o_proj.weight": (self.hidden, q_rows),
+            "mlp.gate_proj.weight": (self.ffn, self.hidden),
+            "mlp.up_proj.weight": (self.ffn, self.hidden),
+            "mlp.down_proj.weight": (self.hidden, self.ffn),
+        }
+        if self.qkv_bias:
+            layer |= {f"self_attn.{p}_proj.bias": (q_rows if p == "q" else kv_rows,) for p in "qkv"}
+        if self.qk_norm:
+            layer |= {f"self_attn.{p}_norm.weight": (self.head_dim,) for p in "qk"}
+        for number in range(self.num_layers):
+            shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
+        return shapes
+
+    def linears(self) -> list[str]:
+        """Names of the linears inside layers, without ``.weight``."""
+        return [
+            name.removesuffix(".weight")
+            for name, shape in self.shapes().items()
+            if len(shape) == 2 and name.startswith("model.layers.")
+        ]
+
+    def check_parallel(self, *, tp: int, pp: int = 1, vpp: int | None = None) -> None:
+        """Raise UsageError for a model that does not split this way."""
+        for count, what in (
+            (self.num_heads, "attention heads"),
+            (self.num_query_groups, "key/value heads"),
+            (self.ffn, "feed-forward channels"),
+        ):
+            if count % tp:
+                raise UsageError(f"--tp {tp}: {count} {what} of {self.path} are not divisible by {tp}")
+        stages = pp * (vpp or 1)
+        if self.num_layers % stages:
+            raise UsageError(
+                f"--pp {pp}{f' --vpp {vpp}' if vpp else ''}: {self.num_layers} layers of {self.path} "
+                f"are not divisible by {stages}"
+            )
+
+
+class Weights:
+    """Reads tensors of a checkpoint, or slices of them. A context manager: files open on first use."""
+
+    def __init__(self, path: str | Path):
+        self._stack = contextlib.ExitStack()
+        self._files = {}
+        self._file_of = {name: weight.file for name, weight in BaseCheckpoint(path).weights.items()}
+
+    def _slice(self, name: str):
+        file = self._file_of[name]
+        if file not in self._files:
+            self._files[file] = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+        return self._files[file].get_slice(name)
+
+    def get(self, name: str, *, dim: int | None = None, part: int = 0, parts: int = 1) -> torch.Tensor:
+        """One tensor, or the ``part``-th of ``parts`` equal slices along ``dim``; only that much is read."""
+        view = self._slice(name)
+        if dim is None or parts == 1:
+            return view[:]
+        size = view.get_shape()[dim] // parts
+        rows = slice(part * size, (part + 1) * size)
+        return view[rows] if dim == 0 else view[:, rows]
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` that exist, of a matrix that may end before ``stop``."""
+        view = self._slice(name)
+        size = view.get_shape()[0]
+        return view[min(start, size) : min(stop, size)]
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._stack.close()
+
+
+def _refuse_unsupported(config: dict, config_file: Path, architecture: str) -> None:
+    # Qwen2 has its q, k, v bias always and no o_proj bias; for the others attention_bias adds one to o_proj too.
+    for key, supported in (
+        ("hidden_act", "silu"),
+        ("use_sliding_window", False),
+        ("mlp_bias", False),
+        ("attention_bias", False),
+        ("quantization_config", None),
+    ):
+        if key == "attention_bias" and architecture == "Qwen2ForCausalLM":
+            continue
+        if config.get(key, supported) != supported:
+            raise ValueError(f"{config_file}: {key} = {config[key]!r} is not supported, only {supported!r}")
+
+
+def _rope(config: dict, config_file: Path) -> tuple[float, dict | None]:
+    """Base and llama3 scaling, from transformers 5's ``rope_parameters`` or the older pair of keys."""
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = scaling.get("rope_theta", config.get("rope_theta", 10000.0))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if kind != "llama3" or any(key not in scaling for key in keys):
+        raise ValueError(f"{config_file}: rope type {kind!r} is not supported, only 'default' and 'llama3'")
+    return theta, {key: scaling[key] for key in keys}
+
+
+def _listed(names, limit: int = 4) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(names[:limit]) or "none") + more

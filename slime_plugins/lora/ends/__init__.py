@@ -1,0 +1,1 @@
+"""The collective ends: adapters of a running, sharded model to PEFT directories and back."""

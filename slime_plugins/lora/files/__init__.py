@@ -1,0 +1,1 @@
+"""Files from anyone, read without executing them; directories that appear whole or not at all."""

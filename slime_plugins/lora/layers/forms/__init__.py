@@ -1,0 +1,1 @@
+"""LoRA forms of linears, a file per library that they come from."""

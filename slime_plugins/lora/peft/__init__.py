@@ -1,0 +1,1 @@
+"""PEFT adapter directories: config, files, forms, checks. No Megatron."""

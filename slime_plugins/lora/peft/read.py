@@ -1,0 +1,179 @@
+"""A PEFT adapter directory, opened: (A, B) by module, as Megatron's linears, and the LoRAConfig that fits it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slime_plugins.lora.names import megatron_name
+from slime_plugins.lora.peft.checks import absent_targets, config_problems, unsupported
+from slime_plugins.lora.peft.config import module_alpha, module_rank, module_scaling, parse_key
+from slime_plugins.lora.peft.directory import AdapterTensors, read_adapter, validate_adapter
+from slime_plugins.lora.peft.experts_form import per_expert
+
+
+class PeftAdapter:
+    """An adapter directory, opened and known to be representable: config, and (A, B) by module name.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: a file is damaged, or the adapter is more than lora_A and lora_B of linears that Megatron has.
+    """
+
+    def __init__(self, adapter_dir: str | os.PathLike):
+        self.directory = Path(adapter_dir)
+        self.config, self._tensors = read_adapter(adapter_dir)
+        problems = config_problems(self.config)
+        if not problems:
+            self.config, self._tensors = per_expert(self.config, self._tensors)
+            problems = unsupported(self.config)
+        if problems:
+            raise ValueError(f"{adapter_dir}: {problems[0]}: it cannot be imported")
+        if self.config.get("modules_to_save"):
+            names = ", ".join(self.config["modules_to_save"])
+            raise ValueError(f"{adapter_dir}: it cannot be imported: modules_to_save holds whole modules ({names})")
+        self._keys: dict[str, dict[str, str]] = defaultdict(dict)
+        for key in self._tensors:
+            module, half = parse_key(key) or (None, None)
+            if module is None or not _is_known(module):
+                raise ValueError(
+                    f"{adapter_dir}: {key}: it cannot be imported, no linear that can be adapted has that name"
+                )
+            self._keys[module][half] = key
+
+    @property
+    def tensors(self) -> AdapterTensors:
+        return self._tensors
+
+    def __contains__(self, module: str) -> bool:
+        return module in self._keys
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the adapted linears, as the file has them."""
+        return tuple(self._keys)
+
+    def key(self, module: str, half: str) -> str:
+        return self._keys[module][half]
+
+    def pair(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [rank, in] and B [out, rank]."""
+        return self._tensors[self.key(module, "A")], self._tensors[self.key(module, "B")]
+
+    def scaling(self, module: str) -> float:
+        """Factor on B A."""
+        return module_scaling(self.config, module)
+
+    def linears(self) -> dict[str, list[str]]:
+        """Megatron linear -> its adapted projections, in the order of the fused rows."""
+        parts: dict[str, dict[int, str]] = defaultdict(dict)
+        for module in self.modules:
+            linear, part = megatron_name(module)
+            parts[linear][part] = module
+        return {linear: [found[part] for part in sorted(found)] for linear, found in parts.items()}
+
+
+def config_options(adapter_dir: str | os.PathLike, layout: str | None = None) -> dict[str, Any]:
+    """Arguments of the ``LoRAConfig`` of a model that holds this PEFT adapter exactly.
+
+    Args:
+        layout: ``split``, or ``fused``, where different As of one linear are stacked at the sum of their ranks; None
+            takes ``fused`` if the projections of every linear share their A, as those of a fused export do.
+    Raises:
+        OSError, ValueError: the directory is damaged, or holds what Megatron cannot (naming it).
+    """
+    source = PeftAdapter(adapter_dir)
+    validate_adapter(source.config, source.tensors)
+    linears = source.linears()
+    shared = {linear for linear, modules in linears.items() if len(distinct_A(source, modules)) == 1}
+    if layout is None:
+        layout = "fused" if len(shared) == len(linears) else "split"
+    config = source.config
+    options: dict[str, Any] = {"use_rslora": bool(config.get("use_rslora"))}
+    if layout == "fused":
+        ranks = {linear: sum(A.shape[0] for A in distinct_A(source, names)) for linear, names in linears.items()}
+        if len(shared) < len(linears):  # then alpha is what gives each projection its scaling at the summed rank
+            options["use_rslora"] = False
+            alphas = {
+                name: source.scaling(name) * ranks[linear] for linear, names in linears.items() for name in names
+            }
+        else:
+            alphas = {name: module_alpha(config, name) for name in source.modules}
+    else:
+        ranks = {name: module_rank(config, name) for name in source.modules}
+        alphas = {name: module_alpha(config, name) for name in source.modules}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    (dtype,) = {source.tensors[key].dtype for key in source.tensors}
+    return dict(
+        rank=rank,
+        alpha=float(alpha),
+        dropout=float(config.get("lora_dropout") or 0.0),
+        target_modules=_all_experts(_targets(source)),
+        layout=layout,
+        dtype=str(dtype).removeprefix("torch."),
+        rank_pattern=_pattern(ranks, rank),
+        alpha_pattern=_pattern(alphas, alpha),
+        **options,
+    )
+
+
+def distinct_A(source: PeftAdapter, names: list[str]) -> list[torch.Tensor]:
+    distinct: list[torch.Tensor] = []
+    for name in names:
+        A, _ = source.pair(name)
+        if not any(equal(A, other) for other in distinct):
+            distinct.append(A)
+    return distinct
+
+
+def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def _is_known(module: str) -> bool:
+    try:
+        megatron_name(module)
+    except KeyError:
+        return False
+    return True
+
+
+def _targets(source: PeftAdapter) -> tuple[str, ...]:
+    """``target_modules`` that select the file's modules, as short as the file says it."""
+    config = source.config
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or ()
+    if config.get("layers_to_transform") not in (None, []) or isinstance(excluded, str):
+        return source.modules
+    if targets == "all-linear" and not excluded:
+        return (targets,)
+    if isinstance(targets, str) or not all(re.fullmatch(r"[\w.]+", name) for name in targets):
+        return source.modules
+    if any(f".{a}".endswith(f".{b}") or f".{b}".endswith(f".{a}") for a in targets for b in excluded):
+        return source.modules
+    idle = absent_targets(config, source.modules)
+    return tuple(name for name in targets if name not in idle)
+
+
+def _all_experts(targets: tuple[str, ...]) -> tuple[str, ...]:
+    """``experts.3.up_proj`` -> ``experts.up_proj``: experts are adapted together."""
+    return tuple(dict.fromkeys(re.sub(r"(^|\.)experts\.\d+\.", r"\1experts.", name) for name in targets))
+
+
+def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Name -> value where it is not the default: by leaf where all modules of that leaf agree, else by full name."""
+    by_leaf: dict[str, set] = defaultdict(set)
+    for name, value in values.items():
+        by_leaf[name.rpartition(".")[2]].add(value)
+    pattern = {}
+    for name, value in values.items():
+        leaf = name.rpartition(".")[2]
+        key = leaf if len(by_leaf[leaf]) == 1 else name
+        if value != default:
+            pattern[key] = value
+    return pattern

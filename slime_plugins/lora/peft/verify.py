@@ -1,0 +1,273 @@
+"""Is an adapter directory whole, non-empty, trained, what its config says, and made for this base?"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.peft.checks import (
+    FLOATS,
+    Problem,
+    absent_targets,
+    config_problems,
+    tensor_problems,
+    unsupported,
+)
+from slime_plugins.lora.peft.config import is_target, key_of, module_scaling, parse_key
+from slime_plugins.lora.peft.directory import AdapterTensors, open_tensors, read_config
+from slime_plugins.lora.peft.experts_form import per_expert
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What ``verify_adapter`` found. ``ok`` is the answer, ``problems`` the reasons, one line each."""
+
+    adapter: str
+    """Directory that was read."""
+    checked_against: str | None = None
+    """Base checkpoint directory, if one was given."""
+    base: str | None = None
+    """``base_model_name_or_path`` of the config."""
+    rank: int | None = None
+    alpha: float | None = None
+    scalings: list[float] = field(default_factory=list)
+    """Distinct factors on B A over the modules; one, unless there are patterns."""
+    target_modules: list[str] | str | None = None
+    lora_A: int = 0
+    """Number of lora_A tensors; ``lora_B`` alike."""
+    lora_B: int = 0
+    other: int = 0
+    """Tensors that are neither (modules_to_save, unknown keys)."""
+    parameters: int = 0
+    """Values in lora_A and lora_B."""
+    bytes: int = 0
+    dtypes: list[str] = field(default_factory=list)
+    largest_B: float = 0.0
+    """Largest magnitude in any lora_B."""
+    expected_modules: int | None = None
+    """Modules of the base that the config selects; known with a base."""
+    checksums: int | None = None
+    """Tensors whose checksum agreed; None where the file carries none."""
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """No problem; warnings do not count."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, with ``ok``."""
+        return {"ok": self.ok, **dataclasses.asdict(self)}
+
+
+def verify_adapter(adapter_dir: str | os.PathLike, hf_checkpoint: str | os.PathLike | None = None) -> Report:
+    """Look at every tensor of a PEFT adapter directory, one at a time, and list all that is wrong.
+
+    With ``hf_checkpoint`` also against the base's modules and shapes (config.json and safetensors headers only).
+
+    Raises:
+        UsageError: a directory is not there, or ``hf_checkpoint`` is not a Hugging Face checkpoint.
+        ValueError: the base checkpoint is damaged. What is wrong with the adapter is in the report, not raised.
+    """
+    if not Path(adapter_dir).is_dir():
+        raise UsageError(f"{adapter_dir}: no such directory; expected one with adapter_config.json")
+    base = BaseCheckpoint(hf_checkpoint) if hf_checkpoint is not None else None
+    report = Report(adapter=str(adapter_dir), checked_against=str(hf_checkpoint) if base else None)
+
+    config, tensors = _open(adapter_dir, report)
+    if config is not None:
+        report.base, report.target_modules = config.get("base_model_name_or_path"), config.get("target_modules")
+        report.rank, report.alpha = config.get("r"), config.get("lora_alpha")
+        report.problems += config_problems(config)
+    if config is None or tensors is None or report.problems:
+        return report
+
+    report.problems += [Problem(kind="config", message=line) for line in tensors.config_changes(config)]
+    try:
+        config, tensors = per_expert(config, tensors)
+    except (KeyError, ValueError) as error:
+        report.problems.append(Problem(kind="shape", message=str(error)))
+        return report
+    watched = _Watched(tensors)
+    problems = tensor_problems(config, watched)
+    report.problems += watched.faults + problems
+    report.problems += [Problem(kind="checksum", message=f"{name} is lost", tensor=name) for name in tensors.lost()]
+    report.problems += unsupported(config)
+    watched.fill(report)
+    shapes = watched.shapes
+    report.scalings = sorted({module_scaling(config, module) for module, _ in shapes})
+    report.problems += _untrained(watched, report)
+    if base is None:
+        report.warnings += _uneven_layers(module for module, _ in shapes)
+        report.warnings += [
+            f"target_modules names {name!r}, for which there is no tensor: give --hf-checkpoint to learn whether that "
+            "is right"
+            for name in absent_targets(config, [module for module, _ in shapes])
+        ]
+    else:
+        report.problems += _base_problems(config, shapes, tensors, base, report)
+    report.warnings += _server_warnings(config)
+    return report
+
+
+class _Watched(Mapping[str, torch.Tensor]):
+    """Passes tensors on and notes what it saw, so that each is read once."""
+
+    def __init__(self, tensors: AdapterTensors):
+        self.tensors = tensors
+        self.faults: list[Problem] = []
+        self.shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+        self.zero: set[tuple[str, str]] = set()
+        self._seen: list[tuple[str, int, int, torch.dtype]] = []
+        self._largest_B = 0.0
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        tensor, fault = self.tensors.load(key)
+        if fault:
+            self.faults.append(Problem(kind="checksum", message=fault, tensor=key))
+        module, half = parse_key(key) or (key, "")
+        self._seen.append((half, tensor.numel(), tensor.nbytes, tensor.dtype))
+        if half:
+            self.shapes[module, half] = tuple(tensor.shape)
+            largest = _largest(tensor)
+            if largest == 0.0:
+                self.zero.add((module, half))
+            elif half == "B" and largest is not None:
+                self._largest_B = max(self._largest_B, largest)
+        return tensor
+
+    def fill(self, report: Report) -> None:
+        """Write the counts into the report."""
+        adapter = [entry for entry in self._seen if entry[0]]
+        report.lora_A = sum(half == "A" for half, *_ in adapter)
+        report.lora_B = len(adapter) - report.lora_A
+        report.other = len(self._seen) - len(adapter)
+        report.parameters = sum(numel for _, numel, _, _ in adapter)
+        report.bytes = sum(nbytes for _, _, nbytes, _ in self._seen)
+        report.dtypes = sorted({str(dtype).removeprefix("torch.") for *_, dtype in adapter})
+        report.largest_B = self._largest_B
+        if self.tensors.has_checksums:
+            report.checksums = len(self._seen) - len(self.faults)
+
+
+def _largest(tensor: torch.Tensor) -> float | None:
+    """Largest magnitude; None where there is none to speak of, which ``tensor_problems`` reports."""
+    if not tensor.numel() or tensor.dtype not in FLOATS:
+        return None
+    low, high = tensor.aminmax()
+    largest = max(-low.item(), high.item())
+    return largest if math.isfinite(largest) else None
+
+
+def _open(adapter_dir: str | os.PathLike, report: Report) -> tuple[dict[str, Any] | None, AdapterTensors | None]:
+    config = tensors = None
+    try:
+        config = read_config(adapter_dir)
+    except (OSError, ValueError) as error:
+        report.problems.append(Problem(kind="file", message=str(error)))
+    try:
+        tensors = open_tensors(adapter_dir)
+    except (OSError, ValueError) as error:
+        report.problems.append(Problem(kind="file", message=str(error)))
+    return config, tensors
+
+
+def _untrained(watched: _Watched, report: Report) -> Iterable[Problem]:
+    """A zero matrix on either side makes the product zero; lora_B starts as zero, so no training looks like that."""
+    modules = {module for module, _ in watched.shapes}
+    dead = {module for module, _ in watched.zero}
+    if modules and dead == modules:
+        message = "every adapter is zero: it was never trained (lora_B starts as zero) and changes nothing in the base"
+        yield Problem(kind="untrained", message=message)
+        return
+    for module, half in sorted(watched.zero):
+        message = f"{key_of(module, half)} is all zero: this adapter was never trained and changes nothing"
+        if ".experts." in module:  # an expert that no token was routed to
+            report.warnings.append(message)
+        else:
+            yield Problem(kind="untrained", message=message, tensor=key_of(module, half))
+
+
+def _uneven_layers(modules: Iterable[str]) -> Iterable[str]:
+    """Without a base: a module that some of the adapted layers have and others do not, as a lost shard leaves it."""
+    layers: dict[str, set[int]] = defaultdict(set)
+    for module in modules:
+        match = re.search(r"\.layers\.(\d+)\.", f".{module}")
+        if match:
+            layers[f".{module}".replace(match[0], ".layers.*.", 1)[1:]].add(int(match[1]))
+    everywhere = set().union(*layers.values()) if layers else set()
+    for name, found in sorted(layers.items()):
+        if lost := sorted(everywhere - found):
+            yield (
+                f"{name} is adapted in {len(found)} of {len(everywhere)} layers, not in {lost[0]}"
+                f"{', ...' if len(lost) > 1 else ''}: give --hf-checkpoint to learn whether that is right"
+            )
+
+
+def _base_problems(
+    config: Mapping[str, Any],
+    shapes: Mapping[tuple[str, str], tuple[int, ...]],
+    tensors: AdapterTensors,
+    base: BaseCheckpoint,
+    report: Report,
+) -> Iterable[Problem]:
+    """Modules and shapes of the adapter that are not the base's, and modules of the base that the adapter lacks."""
+    modules = {module for module, _ in shapes}
+    expected = {module for module in base.linears if is_target(config, module)}
+    if config.get("target_modules") == "all-linear":
+        expected.discard("lm_head")  # PEFT leaves the output layer out
+    report.expected_modules = len(expected)
+    if base_name := tensors.base_fingerprint:
+        found = base.fingerprint()
+        if found != base_name:
+            yield Problem(
+                kind="base",
+                message=f"the adapter was made for a base with other weights (fingerprint {base_name[:12]}) than "
+                f"{base.directory} holds ({found[:12]})",
+            )
+    unknown = sorted(modules - base.linears)
+    if unknown and len(unknown) == len(modules):
+        message = f"the adapter is for another base: none of its {len(modules)} modules is in {base.directory}"
+        yield Problem(kind="base", message=f"{message} (first: {unknown[0]})")
+        return
+    for module in unknown:
+        yield Problem(
+            kind="base", tensor=key_of(module, "A"), message=f"{module} is adapted, but the base has no such linear"
+        )
+    for module in sorted(expected - modules):
+        message = f"{module} is selected by target_modules and in the base, but {key_of(module, 'A')} is missing"
+        yield Problem(kind="missing", tensor=key_of(module, "A"), message=message)
+    for (module, half), shape in shapes.items():
+        linear = base.linear_shape(module)
+        if linear is None or len(shape) != 2 or 0 in shape:
+            continue
+        width, expected_width = (shape[1], linear[1]) if half == "A" else (shape[0], linear[0])
+        if width != expected_width:
+            side = "inputs" if half == "A" else "outputs"
+            message = f"{key_of(module, half)} has shape {list(shape)}, where the base has {expected_width} {side}"
+            yield Problem(kind="base", tensor=key_of(module, half), message=message)
+
+
+def _server_warnings(config: Mapping[str, Any]) -> Iterable[str]:
+    """PEFT and vLLM read these fields; SGLang computes lora_alpha / r for every layer and says nothing."""
+    for name in ("use_rslora", "rank_pattern", "alpha_pattern"):
+        if config.get(name):
+            yield f"adapter_config.json: SGLang ignores {name} without a word and would scale the adapter wrongly"

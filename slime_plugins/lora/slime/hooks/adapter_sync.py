@@ -1,0 +1,199 @@
+"""``--lora-sync adapter``: the rollout engines keep the base they started with and get the adapter alone.
+
+Every sync is an adapter of a new name on every engine: engines that have joined or come back since get it too, and no
+cache answers for an older one. The version before it stays loaded, for requests under way, and goes with the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import shutil
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from slime_plugins.lora.adapters import config_of, has_adapters, iter_adapters
+from slime_plugins.lora.ends.export import gather_projections
+from slime_plugins.lora.peft.directory import write_adapter
+from slime_plugins.lora.peft.form import to_peft
+from slime_plugins.lora.slime.hooks import merged_sync
+from slime_plugins.lora.slime.hooks.base_check import refuse_other_base
+from slime_plugins.lora.slime.hooks.policies import Policies
+
+logger = logging.getLogger(__name__)
+
+
+def weight_updater(actor, update_weight_cls):
+    """Hook: the class that slime sends weights with. slime's own unless the adapter alone is to be sent."""
+    if not has_adapters(actor.model) or actor.args.lora_sync != "adapter" or actor.args.debug_train_only:
+        return update_weight_cls
+    refuse_other_base(actor.model, actor.args.hf_checkpoint)
+    return functools.partial(AdapterUpdater, policies=actor.weights_backuper)
+
+
+class AdapterUpdater:
+    """What slime's actor expects of a weight updater, for adapters."""
+
+    def __init__(self, args, model, weights_getter, *, model_name, quantization_config, policies: Policies) -> None:
+        self.args = args
+        self.model = model
+        self.weight_version = 0
+        self.update_weight_metrics: dict[str, float] = {}
+        self.rollout_engines: list = []
+        self._policies = policies
+        self._run = uuid.uuid4().hex[:8]  # external engines may still hold another run's adapters
+        self._loaded: list[tuple[str, list]] = []
+        """Adapters on engines and which engines those are, the oldest first."""
+        self._to_announce: str | None = None
+
+    def connect_rollout_engines(self, rollout_engines, rollout_engine_lock, *more, **kwargs) -> None:
+        """Take the engines that there are now; no process group is needed."""
+        self.rollout_engines = list(rollout_engines)
+
+    def disconnect_rollout_engines(self) -> None:
+        """Nothing is held open."""
+
+    def pop_metrics(self) -> dict[str, float]:
+        """slime drains these into its log; the sync's are measured with the step's."""
+        return {}
+
+    @torch.no_grad()
+    def update_weights(self) -> None:
+        """Gather the adapter, load it on every engine, check every answer. Call on all ranks.
+
+        Raises:
+            RuntimeError: an engine did not take it, on every rank.
+        """
+        self.weight_version += 1
+        with contextlib.ExitStack() as values:
+            for linear in iter_adapters(self.model):
+                values.enter_context(self._policies.adapter_values(linear))
+            projections = gather_projections(self.model)
+        problem = None
+        if dist.get_rank() == 0:
+            try:
+                config, tensors = to_peft(projections, self.args.hf_checkpoint, dropout=config_of(self.model).dropout)
+                self._load(f"slime-{self._run}-v{self.weight_version:06d}", config, tensors)
+                merged_sync.count_bytes(sum(t.numel() * t.element_size() for t in tensors.values()))
+            except Exception as error:
+                logger.exception("LoRA: the engines did not get the adapter")
+                problem = f"{type(error).__name__}: {error}"
+        _raise_everywhere(problem)
+
+    def announce(self, actor) -> None:
+        """Let requests name what has been loaded. slime's actor knows the RolloutManager that sends them."""
+        if self._to_announce is not None:
+            import ray
+
+            ray.get(actor.rollout_manager.use_lora_adapter.remote(self._to_announce))
+            self._to_announce = None
+
+    def _load(self, name: str, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        while len(self._loaded) > 1:
+            old, engines = self._loaded.pop(0)
+            # An engine that has been restarted since does not have it; one that has left is nobody's business.
+            self._ask("unload_lora_adapter", {"lora_name": old}, [e for e in engines if e in self.rollout_engines])
+        where = None
+        if self.args.colocate and not self.args.lora_sync_dir:
+            endpoint, payload = "load_lora_adapter_from_tensors", tensor_payload(name, config, tensors, self.args)
+        else:
+            where = Path(self.args.lora_sync_dir) / name
+            write_adapter(where, config, tensors)
+            endpoint, payload = "load_lora_adapter", {"lora_name": name, "lora_path": str(where.resolve())}
+        start = time.perf_counter()
+        self._ask(endpoint, payload, self.rollout_engines, loads=name)
+        self._ask("update_weight_version", {"new_version": str(self.weight_version)}, self.rollout_engines)
+        if where is not None:
+            shutil.rmtree(where)  # engines hold it in memory
+        logger.info(
+            "LoRA: %s on %d engines in %.2f s (%s)",
+            name,
+            len(self.rollout_engines),
+            time.perf_counter() - start,
+            endpoint,
+        )
+        self._loaded.append((name, self.rollout_engines))
+        self._to_announce = name
+
+    def _ask(self, endpoint: str, payload: dict, engines: list, loads: str | None = None) -> None:
+        """Post to engines and check what each says.
+
+        Raises:
+            RuntimeError: naming the engine and its answer.
+        """
+        import ray
+
+        answers = [engine._make_request.remote(endpoint, payload) for engine in engines]
+        for i, answer in enumerate(answers):
+            check_answer(f"engine {i} of {len(engines)}, {endpoint}", ray.get(answer), loads)
+
+
+def check_answer(who: str, answer: Any, loads: str | None = None) -> None:
+    """Raise RuntimeError unless an engine says that it has done what it was asked.
+
+    Args:
+        loads: the adapter that must be among the loaded ones afterwards.
+    """
+    if not isinstance(answer, dict) or answer.get("success") is not True:
+        raise RuntimeError(f"{who}: the answer is {answer!r}, expected success; is it an SGLang with --enable-lora?")
+    loaded = answer.get("loaded_adapters")
+    if loads is not None and loaded is not None and loads not in loaded:
+        raise RuntimeError(f"{who}: {loads} is not among the loaded adapters {sorted(loaded)}")
+
+
+def tensor_payload(name: str, config: dict, tensors: dict[str, torch.Tensor], args) -> dict[str, Any]:
+    """Body of a ``load_lora_adapter_from_tensors`` request, in the form that the installed SGLang reads.
+
+    SGLang up to 0.5.15 reads one payload on every tensor-parallel rank, later ones a payload per rank.
+    """
+    from sglang.srt.managers import io_struct
+    from slime.backends.megatron_utils.sglang import MultiprocessingSerializer
+
+    data = MultiprocessingSerializer.serialize(_ByValue(tensors), output_str=True)
+    request = getattr(io_struct, "LoadLoRAAdapterFromTensorsReqInput", None)
+    body: dict[str, Any] = {"lora_name": name, "config_dict": config}
+    if "serialized_named_tensors" in _fields(request):
+        body["serialized_named_tensors"] = [data] * args.sglang_tp_size
+    else:
+        body["serialized_tensors"] = data
+    return body
+
+
+def _fields(cls) -> list[str]:
+    if dataclasses.is_dataclass(cls):
+        return [field.name for field in dataclasses.fields(cls)]
+    return list(getattr(cls, "__struct_fields__", ()) or getattr(cls, "__annotations__", ()))
+
+
+class _ByValue:
+    """Tensors that are pickled with their contents.
+
+    The default, a handle to shared memory, can be opened once and by children of one parent; here several engine
+    processes read the same bytes.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+
+    def __reduce__(self):
+        import io
+
+        buffer = io.BytesIO()
+        torch.save(self.tensors, buffer)
+        return torch.storage._load_from_bytes, (buffer.getvalue(),)
+
+
+def _raise_everywhere(problem: str | None) -> None:
+    from slime.utils.distributed_utils import get_gloo_group
+
+    box = [problem]
+    dist.broadcast_object_list(box, src=0, group=get_gloo_group())
+    if box[0] is not None:
+        raise RuntimeError(box[0])

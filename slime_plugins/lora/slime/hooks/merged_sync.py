@@ -1,0 +1,214 @@
+"""``--lora-sync merged``: W + scaling B A in place of W, tensor by tensor, while slime streams its weights.
+
+slime gathers tensors for its rollout engines in two places: one by one (``all_gather_param``, the distributed
+transport) and in buckets (``_get_megatron_full_params``, the colocated and disk transports). While weights are being
+sent, an adapted weight is replaced there by a merged one, built from this rank's shards on the spot. The live weights
+are read only, and no more than one bucket is merged at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from slime_plugins.lora.adapters import has_adapters, is_adapter, iter_linears
+from slime_plugins.lora.layers import LoRALinear, OneExpert
+
+if TYPE_CHECKING:
+    from slime_plugins.lora.slime.hooks.policies import Policies
+
+
+@dataclass
+class Sync:
+    """One weight sync: what is sent merged, and what it came to on this rank."""
+
+    policies: Policies | None
+    linears: dict[int, LoRALinear | OneExpert]
+    """Adapted linears by ``id`` of their base weight."""
+    bytes: float = 0.0
+    """This rank's share, among its pipeline group's, of what one engine receives."""
+    seconds: float = 0.0
+    update: float | torch.Tensor = 0.0
+    """Sum of |scaling B A| over the merged elements of this rank's shards."""
+    lost: float | torch.Tensor = 0.0
+    """The part of ``update`` on elements that rounding has put back to the base's value."""
+    read_bytes: float = 0.0
+    """Of weights that this rank alone has read for the engine, outside of buckets that all gather: its own experts."""
+    merged: set[int] = field(default_factory=set)
+    """``id`` of every base weight that has been merged; all of them, in a sync that has gone well."""
+
+
+_current: Sync | None = None
+"""The sync under way in this process. slime's gathering functions know neither model nor actor."""
+
+
+def syncing(update_weights):
+    """Hook: the actor's ``update_weights``. Inside, adapted weights are sent merged; then the cost is noted."""
+
+    @functools.wraps(update_weights)
+    def hooked(self):
+        if not has_adapters(getattr(self, "model", None)):
+            return update_weights(self)
+        with sending(self.model, self.weights_backuper) as sync:
+            result = update_weights(self)
+        # No collective here: with --offload-train slime has taken the process groups down by now.
+        if sync.bytes or sync.read_bytes:  # slime skips the sync where there is no engine
+            self.model[0].lora_last_sync = sync
+        updater = getattr(self, "weight_updater", None)
+        if hasattr(updater, "announce"):
+            updater.announce(self)
+        return result
+
+    return hooked
+
+
+def is_sending() -> bool:
+    """Is a weight sync under way in this process?"""
+    return _current is not None
+
+
+def count_bytes(number: float) -> None:
+    """Add to what the sync under way has sent, if there is one."""
+    if _current is not None:
+        _current.bytes += number
+
+
+@contextlib.contextmanager
+def sending(model, policies: Policies | None = None) -> Iterator[Sync]:
+    """Inside, slime's gathering functions return merged weights for adapted linears."""
+    global _current
+    before, start = _current, time.perf_counter()
+    _current = Sync(policies, {id(linear.weight): linear for linear in iter_linears(model)})
+    try:
+        yield _current
+    finally:
+        sync, _current = _current, before
+        if policies is not None:
+            policies.forget_values()
+        sync.seconds = time.perf_counter() - start
+
+
+def base_parameters(named_params_and_buffers):
+    """Hook: slime's walk over a model's weights, by which it loads, converts and sends. Adapters are not in it."""
+
+    @functools.wraps(named_params_and_buffers)
+    def hooked(*args, **kwargs):
+        for name, tensor in named_params_and_buffers(*args, **kwargs):
+            if not is_adapter(name):
+                yield name, tensor
+
+    return hooked
+
+
+def merging_one(all_gather_param):
+    """Hook: the gathering of one parameter."""
+
+    @functools.wraps(all_gather_param)
+    def hooked(name: str, param: torch.nn.Parameter):
+        if _current is None:
+            return all_gather_param(name, param)
+        if id(param) in _current.linears:
+            merged = torch.nn.Parameter(merge(_current.linears[id(param)], param), requires_grad=False)
+            merged.__dict__.update(param.__dict__)  # tensor_model_parallel, partition_dim, parallel_mode
+            param = merged
+        full = all_gather_param(name, param)
+        from megatron.core import mpu
+
+        # slime goes on to gather experts over expert-parallel ranks.
+        ranks = mpu.get_expert_model_parallel_world_size() if ".experts." in name else 1
+        _current.bytes += full.numel() * full.element_size() * ranks
+        return full
+
+    return hooked
+
+
+def merging_bucket(get_full_params):
+    """Hook: the gathering of a bucket from a mapping of names to this rank's tensors."""
+
+    @functools.wraps(get_full_params)
+    def hooked(infos, weights, *args, **kwargs):
+        if _current is None:
+            return get_full_params(infos, weights, *args, **kwargs)
+        if not isinstance(weights, MergedWeights):
+            weights = MergedWeights.of(weights, _current.policies)
+        read = _current.read_bytes
+        full = get_full_params(infos, weights, *args, **kwargs)
+        _current.read_bytes = read
+        from megatron.core import mpu
+
+        # Every pipeline stage ends up with the whole bucket; its share is what makes the stages' sum the total.
+        stages = mpu.get_pipeline_model_parallel_world_size()
+        _current.bytes += sum(tensor.numel() * tensor.element_size() for tensor in full) / stages
+        return full
+
+    return hooked
+
+
+class MergedWeights(Mapping):
+    """Global names -> tensors, adapted ones merged when they are asked for. Holds references, no weights."""
+
+    def __init__(self, args, model, policies: Policies | None) -> None:
+        from slime.backends.megatron_utils.update_weight.common import named_params_and_buffers
+
+        self._live = dict(named_params_and_buffers(args, model, convert_to_global_name=True))
+        self._policies = policies
+        self._linears = {id(linear.weight): linear for linear in iter_linears(model)}
+        self._offloaded = getattr(args, "offload_train", False)
+
+    @classmethod
+    def of(cls, live: Mapping[str, torch.Tensor], policies: Policies | None) -> MergedWeights:
+        """The same for a mapping of live parameters, inside ``sending``."""
+        made = cls.__new__(cls)
+        made._live, made._policies = live, policies
+        made._linears, made._offloaded = _current.linears, False
+        return made
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        parameter = self._live[name]
+        tensor = _offloaded_copy(parameter) if self._offloaded else parameter
+        linear = self._linears.get(id(parameter))
+        if _current is not None:
+            _current.read_bytes += tensor.numel() * tensor.element_size()
+        return tensor.detach() if linear is None else merge(linear, tensor, self._policies)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._live)
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+
+@torch.no_grad()
+def merge(linear: LoRALinear | OneExpert, base: torch.Tensor, policies: Policies | None = None) -> torch.Tensor:
+    """W + scaling B A of this rank's shard: added in float32, rounded once, in new memory on the current device.
+
+    Args:
+        base: this rank's W, live or a copy in host memory.
+        policies: where the adapter's values are while the trainer is offloaded; the current sync's by default.
+    """
+    policies = policies or (_current.policies if _current else None)
+    device = torch.cuda.current_device() if torch.cuda.is_available() else base.device
+    base = base.detach().to(device)
+    with policies.adapter_values(linear) if policies else contextlib.nullcontext():
+        delta = linear.lora_delta_weight()
+    merged = delta.add(base).to(base.dtype)
+    if _current is not None:
+        _current.merged.add(id(linear.weight))
+        delta.abs_()
+        _current.update = _current.update + delta.sum()
+        _current.lost = _current.lost + delta.masked_fill_(merged != base, 0).sum()
+    return merged
+
+
+def _offloaded_copy(parameter: torch.Tensor) -> torch.Tensor:
+    """What slime's memory saver keeps of a weight in host memory while it is paused; the weight itself otherwise."""
+    from torch_memory_saver import torch_memory_saver
+
+    copy = torch_memory_saver.get_cpu_backup(parameter, zero_copy=True)
+    return parameter if copy is None else copy

@@ -1,0 +1,1 @@
+"""Putting the calls into a slime checkout and taking them out again. Stdlib only."""

@@ -1,0 +1,1 @@
+"""Adapters rescued from DeepSpeed ZeRO checkpoints."""

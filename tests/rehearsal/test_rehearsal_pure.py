@@ -1,0 +1,214 @@
+"""GRPO's arithmetic, prompt files, rewards, settings and output directories, without Megatron or Ray.
+
+pytest tests/rehearsal/test_rehearsal_pure.py
+"""
+
+import dataclasses
+import json
+import types
+
+import pytest
+import torch
+
+from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.objectives.grpo import (
+    Batch,
+    clipped_policy_loss,
+    group_advantages,
+    grpo_loss,
+    k3,
+    make_batch,
+    sample_mean,
+)
+from slime_plugins.lora.rehearsal import outputs
+from slime_plugins.lora.rehearsal.settings import Settings
+from slime_plugins.lora.rehearsal.task import exact, number, read_prompts, recall_prompts, shuffled
+
+
+def test_group_advantages():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    advantages = group_advantages(rewards, 4)
+    torch.testing.assert_close(advantages[:4], torch.tensor([1.5, -0.5, -0.5, -0.5]), atol=1e-5, rtol=0)
+    assert torch.equal(advantages[4:], torch.zeros(4)), "equal rewards say nothing about which answer is better"
+
+
+def test_clipping_only_takes_gain_away():
+    """Outside the clip range the gradient is gone where the step would go on in that direction, and only there."""
+    ratio = torch.tensor([0.5, 0.5, 1.5, 1.5, 1.1], requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    loss = clipped_policy_loss(ratio, advantages, 0.2)
+    torch.testing.assert_close(loss, torch.tensor([-0.5, 0.8, -1.2, 1.5, -1.1]))
+    loss.sum().backward()
+    assert torch.equal(ratio.grad, torch.tensor([-1.0, 0.0, 0.0, 1.0, -1.0]))
+
+
+def test_k3_estimates_the_kl():
+    policy, reference = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.5, 0.3, 0.2])
+    estimate = k3(policy.log(), reference.log())
+    assert (estimate >= 0).all()
+    # In expectation over the policy it is the KL itself.
+    torch.testing.assert_close((policy * estimate).sum(), (policy * (policy / reference).log()).sum())
+    assert torch.equal(k3(policy.log(), policy.log()), torch.zeros(3))
+
+
+def test_sample_mean_counts_samples_not_tokens():
+    values = torch.tensor([[9.0, 1.0, 3.0], [9.0, 10.0, 9.0]])
+    assert sample_mean(values, torch.tensor([[0.0, 1, 1], [0, 1, 0]])) == (2 + 10) / 2
+
+
+def test_make_batch():
+    batch = make_batch([[5, 6, 7], [8]], [[1, 2], [3]], torch.tensor([1.0, -1.0]), multiple=4)
+    assert batch.tokens.tolist() == [[5, 6, 7, 1, 2, 0, 0, 0], [8, 3, 0, 0, 0, 0, 0, 0]]
+    assert batch.mask.tolist() == [[0, 0, 0, 1, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0, 0]]
+    assert batch.lengths().tolist() == [5, 2]
+    assert batch[1:].tokens.shape == (1, 8)
+    assert batch[1:].old_log_probs is None
+
+
+def test_metrics_do_not_share_memory_with_the_loss():
+    """Megatron's schedule divides the loss in place; what is logged must not shrink with it."""
+    zeros = torch.zeros(2, 3)
+    batch = Batch(zeros.long(), torch.tensor([[0.0, 1, 1]] * 2), torch.tensor([1.0, 2.0]), zeros, zeros)
+    loss, metrics = grpo_loss(zeros.clone().requires_grad_(), batch, eps_clip=0.2, kl_loss_coef=0.1)
+    with torch.no_grad():
+        loss /= 4
+    assert metrics["loss"].item() == -1.5
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ('{"input": "a", "label": "b"', "p.jsonl:3: not JSON"),
+        ('["a", "b"]', "p.jsonl:3: expected a JSON object, found list"),
+        ('{"prompt": "a", "label": "b"}', "p.jsonl:3: no key 'input' (--input-key), this line has: prompt, label"),
+        ('{"input": "a", "answer": "b"}', "p.jsonl:3: no key 'label' (--label-key)"),
+        ('{"input": "", "label": "b"}', "p.jsonl:3: 'input' is ''"),
+        ('{"input": "a", "label": null}', "p.jsonl:3: 'label' is None"),
+    ],
+)
+def test_broken_prompt_line(tmp_path, line, words):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"input": "a", "label": 1}\n\n' + line + "\n")
+    with pytest.raises(ValueError) as info:
+        read_prompts(path, "input", "label")
+    assert words in str(info.value)
+
+
+def test_prompt_file(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"q": "a", "a": 12}\n{"q": [{"role": "user", "content": "b"}], "a": "c"}\n')
+    first, second = read_prompts(path, "q", "a")
+    assert (first.prompt, first.label) == ("a", "12")
+    assert second.prompt[0]["content"] == "b"
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="no prompts"):
+        read_prompts(path, "q", "a")
+
+
+def test_shuffled_repeats_everything():
+    order = shuffled(range(5), seed=3)
+    epochs = [[next(order) for _ in range(5)] for _ in range(3)]
+    assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    again = shuffled(range(5), seed=3)
+    assert [next(again) for _ in range(5)] == epochs[0]
+
+
+def test_recall_labels_are_right():
+    for row in recall_prompts(50, seed=1):
+        *digits, ordinal = row["input"].split()
+        assert len(set(digits)) == 5, "a digit shown twice would make guessing right more often"
+        assert digits[["first", "second", "third", "fourth", "fifth"].index(ordinal)] == row["label"]
+
+
+@pytest.mark.parametrize(
+    "reward, response, label, expected",
+    [
+        (exact, " 7 ", "7", 1.0),
+        (exact, "7 7", "7", 0.0),
+        (exact, "", "7", 0.0),
+        (number, "3 + 4 = 7, so the answer is 7.", "7", 1.0),
+        (number, "it is 1,234.50", "#### 1234.5", 1.0),
+        (number, "7 or 8", "7", 0.0),
+        (number, "seven", "7", 0.0),
+        (number, "seven", "seven", 0.0),
+        (number, "-3", "3", 0.0),
+    ],
+)
+def test_rewards(reward, response, label, expected):
+    assert reward(response, label) == expected
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"steps": 0}, "--steps 0"),
+        ({"tp": 0}, "--tp 0"),
+        ({"n_samples_per_prompt": 1}, "--n-samples-per-prompt 1"),
+        ({"lr": 0.0}, "--lr 0.0"),
+        ({"rollout_temperature": -1.0}, "--rollout-temperature -1.0"),
+        ({"kl_loss_coef": -0.1}, "--kl-loss-coef -0.1"),
+        ({"tp": 1, "sp": True}, "--sp"),
+        ({"vpp": 2}, "--vpp 2 --pp 1"),
+        ({"prompt_data": "x"}, "go together"),
+        ({"dp": 3}, "512 samples per step"),
+        ({"micro_batch_size": 3}, "--micro-batch-size 3"),
+        ({"pp": 3, "vpp": 2}, "multiple of --pp 3"),
+    ],
+)
+def test_settings_are_checked(changes, words):
+    with pytest.raises(UsageError) as info:
+        dataclasses.replace(Settings(), **changes).resolved().check()
+    assert words in str(info.value)
+
+
+def test_microbatches():
+    def count(samples, seq_length, **changes):
+        return dataclasses.replace(Settings(), **changes).num_microbatches(samples, seq_length)
+
+    assert count(256, 8) == 1
+    assert count(256, 64) == 4, "16,384 tokens in pieces of 4,096"
+    assert count(256, 8, pp=2) == 2, "fewer would leave a stage idle"
+    assert count(12, 10_000, pp=2, vpp=2) == 12, "as small as they get, where nothing fits"
+    assert count(6, 8, pp=4) == 6
+    assert count(256, 8, micro_batch_size=64) == 4
+
+
+def test_out_is_claimed_or_refused(tmp_path):
+    out = tmp_path / "out"
+    assert outputs.claim(out) is False
+    (out / outputs.SETTINGS).write_text("{}")
+    (out / outputs.ADAPTER).mkdir()
+    (out / outputs.METRICS).write_text(json.dumps({"step": 0}))
+    (out / "notes.txt").write_text("mine")
+    assert outputs.claim(out) is True
+    assert sorted(path.name for path in out.iterdir()) == ["notes.txt", outputs.SETTINGS]
+    (out / outputs.SETTINGS).unlink()
+    with pytest.raises(UsageError, match="holds other files"):
+        outputs.claim(out)
+    with pytest.raises(UsageError, match="is a file"):
+        outputs.claim(out / "notes.txt")
+
+
+def test_curve_is_drawn(tmp_path):
+    outputs.draw_curve(tmp_path, [{"step": i, "reward": i / 9, "kl": 0.1 * i} for i in range(10)], "a title")
+    assert (tmp_path / outputs.CURVE).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_prompts_become_tokens(tmp_path, family):
+    """As AutoTokenizer reads them for the family; a prompt of no token, which nothing can follow, is named."""
+    from transformers import AutoTokenizer
+
+    from slime_plugins.lora.rehearsal.rollout import Rollout
+    from slime_plugins.lora.rehearsal.tiny import make_tiny
+
+    rollout = Rollout.__new__(Rollout)
+    rollout.tokenizer = AutoTokenizer.from_pretrained(make_tiny(tmp_path / "base", family))
+    rollout.settings = types.SimpleNamespace(apply_chat_template=False, rollout_max_response_len=2)
+    rollout.base = types.SimpleNamespace(config=types.SimpleNamespace(max_position_embeddings=5))
+    assert rollout.encode(["t10 t9", "t4"]) == [[10, 9], [4]]
+    with pytest.raises(ValueError, match="makes no token of the prompt ''"):
+        rollout.encode(["t4", ""])
+    with pytest.raises(ValueError, match="a prompt of 4 tokens and --rollout-max-response-len 2 exceed"):
+        rollout.encode(["t4 t4 t4 t4"])
