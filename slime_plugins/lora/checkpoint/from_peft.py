@@ -13,7 +13,7 @@ from slime_plugins.lora.checkpoint import directory, storage
 from slime_plugins.lora.checkpoint.manifest import Manifest
 from slime_plugins.lora.checkpoint.writer import complete, pack_common
 from slime_plugins.lora.config import LoRAConfig
-from slime_plugins.lora.names import hf_names
+from slime_plugins.lora.names import hf_names, in_layer_order
 from slime_plugins.lora.peft.read import PeftAdapter
 from slime_plugins.lora.projections import Adapter
 
@@ -35,7 +35,7 @@ def import_checkpoint(
     source = PeftAdapter(adapter_dir)
     adapters: dict[str, Adapter] = {}
     shards: list[storage.Shard] = []
-    for linear, modules in sorted(source.linears().items(), key=lambda item: _order(item[0])):
+    for linear, modules in sorted(source.linears().items(), key=lambda item: in_layer_order(item[0])):
         split = config.layout == "split" and len(hf_names(linear)) > 1
         pairs = [source.pair(module) for module in modules]
         for module, (A, B) in zip(modules, pairs):
@@ -66,7 +66,3 @@ def _check_fits(checkpoint: BaseCheckpoint, module: str, A: torch.Tensor, B: tor
     if found != shape:
         has = f"has {list(found)}" if found else "has none of that name"
         raise ValueError(f"{module} is adapted as a {list(shape)} matrix, but {checkpoint.directory} {has}")
-
-
-def _order(name: str) -> tuple:
-    return tuple(int(piece) if piece.isdigit() else piece for piece in name.split("."))

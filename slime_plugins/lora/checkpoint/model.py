@@ -12,11 +12,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.utils import get_model_config
 
-from slime_plugins.lora.adapters import is_adapter, iter_adapters
-from slime_plugins.lora.base import fingerprint as base
+from slime_plugins.lora.adapters import base_parameters, iter_adapters, iter_carriers, state_of
+from slime_plugins.lora.base import fingerprint
 from slime_plugins.lora.checkpoint.storage import Shard, TensorReader
-from slime_plugins.lora.layers.pieces import Piece, Placement, pieces_of, placement_of
-from slime_plugins.lora.names import in_experts
+from slime_plugins.lora.layers import frozen_of
+from slime_plugins.lora.layers.pieces import Piece, Placement
+from slime_plugins.lora.names import in_experts, is_adapter
+from slime_plugins.lora.parallel import all_gather, chunks_of
 from slime_plugins.lora.projections import Adapter
 
 _LAYER = re.compile(r"(?:module\.)*decoder\.layers\.\d+")
@@ -30,22 +32,14 @@ class Slot:
     pieces: tuple[Piece, ...]
     place: Placement
 
-    def key(self, piece: Piece) -> str:
-        """Of the weight."""
-        return f"{piece.linear}.{piece.key}"
-
     def state_key(self, piece: Piece) -> str:
         """Of the optimizer's states: one tensor [states, ...], as every record costs 1.6 kB of header."""
-        return f"optimizer.state.{self.key(piece)}"
+        return f"optimizer.state.{piece.name}"
 
     def extent(self, piece: Piece) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Shape of the whole tensor, and offset and shape of this rank's part."""
         local = tuple(piece.take(self.parameter).shape)
-        whole, offset = list(local), [0] * len(local)
-        if piece.sharded_dim is not None:
-            whole[piece.sharded_dim] *= self.place.num_shards
-            offset[piece.sharded_dim] = self.place.shard * local[piece.sharded_dim]
-        return tuple(whole), tuple(offset), local
+        return (*self.place.extent(piece, local), local)
 
     def shards(self, states: Sequence[torch.Tensor]) -> Iterator[Shard]:
         """What this rank writes: the weight, and optimizer states of the parameter's shape. Copies to the CPU."""
@@ -55,7 +49,7 @@ class Slot:
             whole, offset, _ = self.extent(piece)
             weight = piece.take(self.parameter.detach())
             weight = weight.to("cpu", copy=True, memory_format=torch.contiguous_format)
-            yield Shard(self.key(piece), weight, whole, offset)
+            yield Shard(piece.name, weight, whole, offset)
             if states:
                 stacked = torch.stack([piece.take(state).float() for state in states]).cpu()
                 yield Shard(self.state_key(piece), stacked, (len(states), *whole), (0, *offset))
@@ -65,7 +59,7 @@ class Slot:
         parts = []
         for piece in self.pieces:
             _, offset, local = self.extent(piece)
-            parts.append(reader.read(self.key(piece), offset, local))
+            parts.append(reader.read(piece.name, offset, local))
         return self._joined(parts)
 
     def read_states(self, reader: TensorReader, count: int) -> list[torch.Tensor]:
@@ -86,67 +80,77 @@ class Slot:
 def slots_of(model) -> list[Slot]:
     """Every adapter parameter of this rank, in model order."""
     return [
-        Slot(linear._parameters[name], pieces, placement_of(linear))
-        for linear in iter_adapters(model)
-        for name, pieces in pieces_of(linear).items()
+        Slot(carrier.lora_parameters()[name], pieces, carrier.lora_placement())
+        for carrier in iter_carriers(model)
+        for name, pieces in carrier.lora_pieces().items()
     ]
 
 
 def adapters_of(model) -> dict[str, Adapter]:
-    """This rank's adapters by name."""
-    return {one.lora.name: one.lora.record for linear in iter_adapters(model) for one in linear.lora_linears()}
-
-
-def trained_base(model) -> list[str]:
-    """Names of this rank's parameters that train and belong to no adapter."""
-    return [name for _, name, p in _base_parameters(model) if p.requires_grad]
-
-
-def _base_parameters(model) -> Iterator[tuple[torch.nn.Module, str, torch.nn.Parameter]]:
-    for chunk in model if isinstance(model, (list, tuple)) else [model]:
-        for name, parameter in chunk.named_parameters():
-            if not is_adapter(name):
-                yield chunk, name, parameter
+    """This rank's adapters by name, experts one by one."""
+    specs = [linear.lora for linear in iter_adapters(model)]
+    return {one.name: one.record for spec in specs for one in spec.one_by_one()}
 
 
 def fingerprint_of_model(model) -> dict[str, Any]:
     """The base's sizes and one checksum per layer, equal at every parallelism.
 
-    Layers whose weights are packed (4-bit) are left out: their bits are not the base's.
+    Computed once for a base, and anew where one of its tensors has been written to or replaced since.
 
     Collectives:
-        all_gather over the (expert-)tensor-parallel groups, one all_reduce over the world.
+        an all_gather_object over the world; if anything is new, an all_gather over the (expert-)tensor-parallel groups
+        and one all_reduce over the world.
     """
-    chunks = list(model) if isinstance(model, (list, tuple)) else [model]
+    chunks = chunks_of(model)
+    state, marks = state_of(model), _marks(chunks)
+    known = state.fingerprint is not None and state.fingerprint[0] == marks
+    if not all(all_gather(known)):
+        state.fingerprint = marks, _fingerprint(chunks)
+    return state.fingerprint[1]
+
+
+def _marks(chunks: Sequence[torch.nn.Module]) -> list[tuple[int, int]]:
+    """What changes when a base parameter is written to in place, or gets other memory."""
+    return [(parameter.data_ptr(), parameter._version) for _, parameter in base_parameters(chunks)]
+
+
+def _fingerprint(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     config = get_model_config(chunks[0])
-    numbers = {chunk: _layer_numbers(chunk) for chunk in chunks}
     layers, sums, experts = [], [], []
-    packed = torch.zeros(config.num_layers, 1, dtype=torch.int64)
     dtype = None
-    for chunk, name, parameter in _base_parameters(chunks):
-        match = _LAYER.match(name)
-        if match and parameter.dim() == 2:
-            layer = numbers[chunk][match[0]]
-            if parameter.dtype.is_floating_point:
-                layers.append(layer)
-                sums.append(base.checksum(parameter))
-                experts.append(in_experts(name))
-                dtype = dtype or parameter.dtype
-            else:
-                packed[layer] = 1
+    for chunk in chunks:
+        numbers = _layer_numbers(chunk)
+        for path, matrix in _matrices(chunk):
+            layers.append(numbers[_LAYER.match(path)[0]])
+            sums.append(fingerprint.checksum(matrix))
+            experts.append(in_experts(path))
+            dtype = dtype or matrix.dtype
     totals = torch.zeros(config.num_layers, 2, dtype=torch.int64)
     for layer, total in zip(layers, _over_shards(sums, experts)):
         totals[layer] += total
-    totals = torch.cat([totals, packed], dim=1)
     if dist.is_initialized():
         device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
         totals = totals.to(device)
         dist.all_reduce(totals)
     return {
-        "architecture": base.architecture_of_model(config),
+        "architecture": fingerprint.architecture_of_model(config),
         "dtype": str(dtype or config.params_dtype).removeprefix("torch."),
-        "layers": {str(n): base.digits(row[:2]) for n, row in enumerate(totals.cpu()) if row[2] == 0},
+        "layers": {str(n): fingerprint.digits(row) for n, row in enumerate(totals.cpu())},
     }
+
+
+def _matrices(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Path of its module, and value, of every matrix of the base in this chunk's decoder layers, as it multiplies."""
+    for path, module in chunk.named_modules():
+        if not _LAYER.match(path):
+            continue
+        base = frozen_of(module)
+        counted = base.parameters if base is not None and base.owns_weights else []
+        if base is not None and counted:
+            yield from ((path, matrix) for matrix in base.matrices())
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() >= 2 and not is_adapter(name) and not any(parameter is one for one in counted):
+                yield path, parameter
 
 
 def _layer_numbers(chunk: torch.nn.Module) -> dict[str, int]:

@@ -233,12 +233,12 @@ class RankTrainer:
 
 def base_checksum(chunks) -> str:
     """SHA-256 over the bits of every parameter of one rank that is not an adapter's."""
+    from slime_plugins.lora.adapters import base_parameters
+
     digest = hashlib.sha256()
-    for chunk in chunks:
-        for name, param in chunk.named_parameters():
-            if "lora_" not in name:
-                digest.update(name.encode())
-                digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for name, param in base_parameters(chunks):
+        digest.update(name.encode())
+        digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

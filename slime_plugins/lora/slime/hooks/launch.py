@@ -10,7 +10,7 @@ from pathlib import Path
 from slime_plugins.lora.arguments import add_lora_arguments, validate_lora_args
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.names import LINEARS, MLA, hf_names
+from slime_plugins.lora.names import LINEARS, hf_names
 from slime_plugins.lora.slime.hooks.paths import TRACKER, adapter_step_dir, step_dir
 
 logger = logging.getLogger(__name__)
@@ -221,8 +221,8 @@ def projections(config: LoRAConfig, args: Namespace) -> list[str]:
     mla = getattr(args, "multi_latent_attention", False)
     targets = Targets(config.target_modules, config.exclude_modules)
     found = {}
-    for path in LINEARS:
-        if (path in MLA and not mla) or (path == "self_attention.linear_qkv" and mla):
+    for path, record in LINEARS.items():
+        if record.mla not in (None, bool(mla)):
             continue
         for layer in range(args.num_layers):
             name = f"decoder.layers.{layer}.{path}"
