@@ -36,10 +36,10 @@ class Linear:
 
 def _mlp(path: str, parent: str, *, is_expert: bool = False) -> tuple[Linear, Linear]:
     """fc1 and fc2 of a gated MLP."""
-    gated = dict(parent=parent, is_expert=is_expert)
+    fc1, fc2 = f"{path}.linear_fc1", f"{path}.linear_fc2"
     return (
-        Linear(path=f"{path}.linear_fc1", leaves=("gate_proj", "up_proj"), rows="gated", **gated),
-        Linear(path=f"{path}.linear_fc2", leaves=("down_proj",), parallel="row", **gated),
+        Linear(path=fc1, parent=parent, leaves=("gate_proj", "up_proj"), rows="gated", is_expert=is_expert),
+        Linear(path=fc2, parent=parent, leaves=("down_proj",), parallel="row", is_expert=is_expert),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -59,7 +59,7 @@ def gather_on_first(items: list[T], group: Any) -> list[T] | None:
         return items
     gathered: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
     dist.gather_object(items, gathered, dst=dist.get_global_rank(group, 0), group=group)
-    return None if gathered is None else [item for rank in gathered for item in rank]
+    return None if gathered is None else [item for items in gathered for item in items]
 
 
 def rank() -> int:
@@ -76,12 +76,12 @@ def all_gather(value: T) -> list[T]:
     return gathered
 
 
-def gather(value: T) -> list[T] | None:
-    """``value`` of every rank on rank 0; None on the others. Collective over the world."""
+def gather(value: T) -> list[T]:
+    """``value`` of every rank on rank 0; [] on the others. Collective over the world."""
     if not dist.is_initialized():
         return [value]
-    gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, gathered, dst=0)
+    gathered: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+    dist.gather_object(value, gathered or None, dst=0)
     return gathered
 
 
@@ -99,17 +99,15 @@ def everywhere(fn: Callable[[], T]) -> T:
     for other in all_gather(problem):
         if other is not None:
             raise other
-    return result
+    return cast(T, result)
 
 
 def on_rank_0(fn: Callable[[], T]) -> T:
     """Run ``fn`` on rank 0 alone; its result, or its error, on every rank."""
-    outcome = attempt(fn) if rank() == 0 else None
+    box = [attempt(fn) if rank() == 0 else (None, None)]
     if dist.is_initialized():
-        box = [outcome]
         dist.broadcast_object_list(box, src=0)
-        outcome = box[0]
-    result, problem = outcome
+    result, problem = box[0]
     if problem is not None:
         raise problem
-    return result
+    return cast(T, result)

@@ -79,7 +79,7 @@ def load_adapter(
             slot.parameter.copy_(weights[slot.parameter])
     if optimizer is not None:
         state.restart()
-    if wants_state:
+    if wants_state and manifest.optimizer is not None:
         state.restore(manifest.optimizer["states"], manifest.optimizer["scalars"], lambda p, name: states[p][name])
     same = parallelism() == manifest.parallelism
     if restore_rng and same:
@@ -149,6 +149,7 @@ def _check_optimizer(
 
 def _stored(slot: Slot, piece: Piece, manifest: Manifest, reader: TensorReader) -> list[str]:
     """Optimizer states that the checkpoint holds of one piece."""
+    assert manifest.optimizer is not None, "asked for states that the checkpoint does not have"
     return stored_states(manifest.optimizer["states"], getattr(torch, reader.index[piece.name].dtype))
 
 

@@ -120,14 +120,14 @@ def _fingerprint(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     dtype = None
     for chunk in chunks:
         numbers = _layer_numbers(chunk)
-        for path, matrix in _matrices(chunk):
-            layers.append(numbers[_LAYER.match(path)[0]])
+        for layer, path, matrix in _matrices(chunk):
+            layers.append(numbers[layer])
             sums.append(fingerprint.checksum(matrix))
             experts.append(in_experts(path))
             dtype = dtype or matrix.dtype
     totals = torch.zeros(config.num_layers, 2, dtype=torch.int64)
-    for layer, total in zip(layers, _over_shards(sums, experts)):
-        totals[layer] += total
+    for number, total in zip(layers, _over_shards(sums, experts)):
+        totals[number] += total
     if dist.is_initialized():
         device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
         totals = totals.to(device)
@@ -139,18 +139,19 @@ def _fingerprint(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     }
 
 
-def _matrices(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Path of its module, and value, of every matrix of the base in this chunk's decoder layers, as it multiplies."""
+def _matrices(chunk: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Every matrix of the base in a chunk's decoder layers, as it multiplies: path of its layer and module, value."""
     for path, module in chunk.named_modules():
-        if not _LAYER.match(path):
+        layer = _LAYER.match(path)
+        if not layer:
             continue
         base = frozen_of(module)
         counted = base.parameters if base is not None and base.owns_weights else []
         if base is not None and counted:
-            yield from ((path, matrix) for matrix in base.matrices())
+            yield from ((layer[0], path, matrix) for matrix in base.matrices())
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() >= 2 and not is_adapter(name) and not any(parameter is one for one in counted):
-                yield path, parameter
+                yield layer[0], path, parameter
 
 
 def _layer_numbers(chunk: torch.nn.Module) -> dict[str, int]:

@@ -125,25 +125,25 @@ class _Writer(threading.Thread):
     def __init__(self, staged: Path, shards: list[storage.Shard]):
         super().__init__(name="slime-lora checkpoint writer")
         self.staged, self.shards = staged, shards
-        self.outcome: tuple | None = None
+        self.outcome: tuple[storage.Written | None, Exception | None] | None = None
 
     def run(self) -> None:
         self.outcome = attempt(lambda: storage.write_shards(self.staged, rank(), self.shards))
         self.shards = []
 
-    def wait(self):
+    def wait(self) -> storage.Written:
         """What was written. Raises what ``run`` met."""
         if self.ident is not None:
             self.join()
         if self.outcome is None:
             raise OSError(f"the thread that writes {self.staged} has died")
         written, problem = self.outcome
-        if problem is not None:
-            raise problem
+        if written is None:
+            raise problem or OSError(f"{self.staged}: nothing was written")
         return written
 
 
-def _finish(writer: _Writer, common: bytes | None, manifest: Manifest) -> None:
+def _finish(writer: _Writer, common: bytes, manifest: Manifest) -> None:
     written, problem = attempt(writer.wait)
     outcomes = gather((written, problem))
 
@@ -152,7 +152,7 @@ def _finish(writer: _Writer, common: bytes | None, manifest: Manifest) -> None:
             if problem is not None:
                 directory.discard(writer.staged)
                 raise problem
-        complete(writer.staged, [written for written, _ in outcomes], common, manifest)
+        complete(writer.staged, [written for written, _ in outcomes if written is not None], common, manifest)
 
     on_rank_0(publish)
 
@@ -175,18 +175,9 @@ def _check_finite(slots: list[Slot], shards: list[storage.Shard]) -> None:
         raise ValueError(f"{bad[0]} is not finite (one of {len(bad)} such tensors); nothing was saved")
 
 
-def _common(step: int | None, scheduler, scalars: dict[str, Any]) -> bytes | None:
-    """Content of ``common.pt`` on rank 0, None elsewhere. Collective."""
+def _common(step: int | None, scheduler, scalars: dict[str, Any]) -> bytes:
+    """Content of ``common.pt`` on rank 0, b"" elsewhere. Collective."""
     states = gather(rng.local_state())
     state = scheduler.state_dict() if scheduler is not None else None
-    common, problem = None, None
-    if rank() == 0:
-        pack = partial(pack_common, step=step, scheduler=state, scalars=scalars, rng=rng.pack(states))
-        common, problem = attempt(pack)
-    on_rank_0(lambda: _raise(problem))
-    return common
-
-
-def _raise(problem: Exception | None) -> None:
-    if problem is not None:
-        raise problem
+    pack = partial(pack_common, step=step, scheduler=state, scalars=scalars, rng=rng.pack(states))
+    return everywhere(lambda: pack() if rank() == 0 else b"")

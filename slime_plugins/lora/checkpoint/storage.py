@@ -18,6 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, SavePlan
@@ -28,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlanner, TensorWriteData, WriteItem, WriteItemType
 
 INDEX = "tensors.json"
 DCP_INDEX = ".metadata"
@@ -76,6 +77,10 @@ class Entry:
     records: list[Record] = field(default_factory=list)
 
 
+Written = tuple[list, dict[str, Entry]]
+"""Write results and index entries of one process."""
+
+
 class _ShardPlanner:
     """The one method that a storage writer asks of a save planner."""
 
@@ -83,7 +88,7 @@ class _ShardPlanner:
         self.resolve_data = lambda item: data[item.index]
 
 
-def write_shards(directory: Path, rank: int, shards: Sequence[Shard]) -> tuple[list, dict[str, Entry]]:
+def write_shards(directory: Path, rank: int, shards: Sequence[Shard]) -> Written:
     """Write this process's shards to ``__<rank>_0.distcp``, forced to disk. No communication.
 
     Returns:
@@ -101,7 +106,7 @@ def write_shards(directory: Path, rank: int, shards: Sequence[Shard]) -> tuple[l
         data[index] = shard.data
     writer = FileSystemWriter(directory, sync_files=True)
     plan = writer.prepare_global_plan([SavePlan([])] * rank + [SavePlan(items)])[rank]
-    results = writer.write_data(plan, _ShardPlanner(data)).wait()
+    results = writer.write_data(plan, cast(SavePlanner, _ShardPlanner(data))).wait()
     return results, _entries(directory, shards, results)
 
 
@@ -127,7 +132,7 @@ def _entries(directory: Path, shards: Sequence[Shard], results) -> dict[str, Ent
     return entries
 
 
-def finish(directory: Path, written: Sequence[tuple[list, dict[str, Entry]]]) -> dict[str, Entry]:
+def finish(directory: Path, written: Sequence[Written]) -> dict[str, Entry]:
     """Write the index of what every process has written, once, after checking it. Returns the index.
 
     Raises:

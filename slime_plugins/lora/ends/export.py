@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,9 +65,9 @@ def _whole(linear: LoRALinear) -> Iterator[Projection]:
     place, parameters = linear.lora_placement(), linear.lora_parameters()
     pieces = {piece.name: (name, piece) for name, found in linear.lora_pieces().items() for piece in found}
 
-    def read(name: str) -> torch.Tensor:
-        parameter, piece = pieces[name]
+    def read(linear: str, key: str) -> torch.Tensor:
+        parameter, piece = pieces[f"{linear}.{key}"]
         return place.gather(piece, parameters[parameter].detach()).cpu()
 
     for one in linear.lora.one_by_one():
-        yield from one.record.whole(one.name, lambda key, linear=one.name: read(f"{linear}.{key}"))
+        yield from one.record.whole(one.name, partial(read, one.name))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -18,6 +18,7 @@ import torch
 
 from slime_plugins.lora.adapters import config_of, iter_adapters
 from slime_plugins.lora.layers import AdapterSpec, LoRALinear
+from slime_plugins.lora.layers.pieces import Piece, Placement
 from slime_plugins.lora.names import spellings
 from slime_plugins.lora.parallel import all_gather, everywhere, on_rank_0
 from slime_plugins.lora.peft.directory import validate_adapter
@@ -60,13 +61,10 @@ def import_peft(model, adapter_dir: str | os.PathLike, *, optimizer=None) -> Imp
     here = {name for names in all_gather([name for spec in specs for name in spec.projections]) for name in names}
     on_rank_0(lambda: _compare(source, here))
     fits = {spec.name: fit for spec, fit in zip(specs, everywhere(lambda: [_fit(spec, source) for spec in specs]))}
-    everywhere(lambda: [_check_shapes(linear, fits, source) for linear in linears])
+    everywhere(lambda: _check_shapes(linears, fits))
     with torch.no_grad():
-        for linear in linears:
-            place, parameters = linear.lora_placement(), linear.lora_parameters()
-            for name, pieces in linear.lora_pieces().items():
-                for piece in pieces:
-                    piece.put(parameters[name], place.part_of(piece, fits[piece.linear].tensors[piece.key]))
+        for parameter, place, piece in _all_pieces(linears):
+            piece.put(parameter, place.part_of(piece, fits[piece.linear].tensors[piece.key]))
     if optimizer is not None:
         optimizer.reload_model_params()
     notes = all_gather([(fit.rescaled, fit.stacked) for fit in fits.values()])
@@ -132,21 +130,25 @@ def _places(spec: AdapterSpec, names: list[str], source: PeftAdapter) -> tuple[l
     return [next(start for start, other in zip(offsets, distinct) if equal(A, other)) for A in As], distinct
 
 
-def _check_shapes(linear: LoRALinear, fits: Mapping[str, _Fit], source: PeftAdapter) -> None:
+def _check_shapes(linears: list[LoRALinear], fits: Mapping[str, _Fit]) -> None:
     """Raise ValueError naming the tensor that is not as large as this model's, or too large for its dtype."""
-    place, parameters = linear.lora_placement(), linear.lora_parameters()
-    for name, pieces in linear.lora_pieces().items():
-        for piece in pieces:
-            fit, parameter = fits[piece.linear], parameters[name]
-            whole, _ = place.extent(piece, piece.take(parameter).shape)
-            found, file_key = fit.tensors[piece.key], fit.files[piece.key]
-            for dim, side in ((0, "outputs"), (1, "inputs")):
-                if found.shape[dim] != whole[dim]:
-                    raise ValueError(
-                        f"{file_key} has {found.shape[dim]} {side} where this model has {whole[dim]}: another base"
-                    )
-            if not torch.isfinite(found.to(parameter.dtype)).all():
-                raise ValueError(f"{file_key}: a value is too large for {parameter.dtype} adapters")
+    for parameter, place, piece in _all_pieces(linears):
+        whole, _ = place.extent(piece, piece.take(parameter).shape)
+        found, file_key = fits[piece.linear].tensors[piece.key], fits[piece.linear].files[piece.key]
+        for dim, side in ((0, "outputs"), (1, "inputs")):
+            if found.shape[dim] != whole[dim]:
+                raise ValueError(
+                    f"{file_key} has {found.shape[dim]} {side} where this model has {whole[dim]}: another base"
+                )
+        if not torch.isfinite(found.to(parameter.dtype)).all():
+            raise ValueError(f"{file_key}: a value is too large for {parameter.dtype} adapters")
+
+
+def _all_pieces(linears: list[LoRALinear]) -> Iterator[tuple[torch.nn.Parameter, Placement, Piece]]:
+    for linear in linears:
+        place, parameters = linear.lora_placement(), linear.lora_parameters()
+        for name, pieces in linear.lora_pieces().items():
+            yield from ((parameters[name], place, piece) for piece in pieces)
 
 
 def _at_rank(

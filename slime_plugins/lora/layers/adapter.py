@@ -180,10 +180,12 @@ def adapt(
     linear.lora_keep_dtype, linear.lora_group = dtype is not None, base.tp_group
     linear.lora_experts, linear.lora_num_experts = spec.experts, spec.num_experts
     linear.lora_table = linear.lora_describe()
-    where = dict(device=base.device, dtype=dtype or base.dtype)
     install(
         linear,
-        {entry.name: linear.lora_initial(entry).to(**where) for entry in linear.lora_table},
+        {
+            entry.name: linear.lora_initial(entry).to(device=base.device, dtype=dtype or base.dtype)
+            for entry in linear.lora_table
+        },
         partial_gradients=base.tokens == "sequence",
         expert_buffers=spec.experts is not None and not _expert_groups_are_dense(linear),
     )

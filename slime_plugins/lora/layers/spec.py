@@ -97,6 +97,7 @@ class AdapterSpec:
 
     def of_expert(self, index: int) -> AdapterSpec:
         """The adapter of the ``index``-th expert of this rank."""
+        assert self.experts is not None
         return dataclasses.replace(self, name=of_expert(self.name, self.experts[index]), experts=None, num_experts=1)
 
 

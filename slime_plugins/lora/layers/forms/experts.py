@@ -12,6 +12,7 @@ parallel ranks: with the latter, inputs are whole, and outputs and input gradien
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -52,6 +53,9 @@ class ExpertLinears(torch.nn.Module):
         self.config, self.ep_group = experts.config, experts.ep_group
         self.__dict__["sequential"], self.leaf = experts, leaf
 
+    sequential: SequentialMLP
+    leaf: str
+
     def forward(self, x: torch.Tensor, m_splits):
         """x [N, I], sorted by expert -> [N, O], None."""
         rows = x.split(m_splits.tolist() if isinstance(m_splits, torch.Tensor) else list(m_splits))
@@ -68,6 +72,9 @@ class ExpertRowLinears(ExpertLinears):
 
 class LoRAExpertLinears(LoRAExperts):
     """Mixin of the two below: where their adapter goes when it is there."""
+
+    sequential: Any
+    leaf: str
 
     def lora_installed(self) -> None:
         self.sequential.add_module(self.leaf, self)
@@ -117,7 +124,7 @@ class _WithSplits(torch.nn.Module):
         return self.linear(x, self.splits)
 
 
-def linears_of_experts(module: torch.nn.Module) -> dict[str, ExpertLinears]:
+def linears_of_experts(module: Any) -> dict[str, ExpertLinears]:
     """``linear_fc1`` and ``linear_fc2`` of a SequentialMLP, not part of it yet; {} for any other module, and for one
     whose experts do more than a grouped linear can stand for."""
     if type(module) is not SequentialMLP or module.config.add_bias_linear:

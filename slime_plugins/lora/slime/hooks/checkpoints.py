@@ -101,7 +101,7 @@ def _resume(args: Namespace, model, optimizer, scheduler) -> int:
     fresh = args.finetune or args.no_load_optim or args.no_save_optim
     loaded = load_adapter(
         model,
-        adapter_step_dir(args.load, args.ckpt_step),
+        adapter_step_dir(args.load, args.ckpt_step) or args.load,
         optimizer=optimizer,
         scheduler=None if fresh else scheduler,
         fresh_optimizer=fresh,
@@ -131,10 +131,11 @@ def base_source(args: Namespace) -> tuple[str, int | None]:
 
 def _start_from(model, path: str) -> None:
     """Adapter values from a PEFT directory or from a checkpoint of adapters."""
-    if adapter_step_dir(path) is not None:
+    checkpoint = adapter_step_dir(path)
+    if checkpoint is not None:
         from slime_plugins.lora.checkpoint.load import load_adapter
 
-        load_adapter(model, adapter_step_dir(path), restore_rng=False)
+        load_adapter(model, checkpoint, restore_rng=False)
     else:
         from slime_plugins.lora.ends.import_ import import_peft
 
