@@ -116,7 +116,10 @@ def test_trains_saves_reshards_and_is_counted(pool1, pool2, tmp_path_factory, tm
     for name, (seen, seen_norms) in ends.items():
         assert seen_norms == pytest.approx(norms, rel=1e-5), name
         for key, value in expected.items():
-            assert (seen[key] - value).abs().max() <= 1e-5 * value.abs().max(), f"{name}: {key}"
+            # Of m, which starts at zero, k's gradient is what is left of terms that cancel: measured on all of m.
+            m = [v.abs().max() for k, v in expected.items() if ".lora_m." in k]
+            largest = max(m) if ".lora_m." in key else value.abs().max()
+            assert (seen[key] - value).abs().max() <= 5e-6 * largest, f"{name}: {key}"
     for source, target in (("tp2-sp", "tp1"), ("tp1", "tp2-sp")):
         pool = pool2 if LAYOUTS[target] else pool1
         for loaded in pool.run(load, path, lora_layout, tmp_path / source, **LAYOUTS[target]):
