@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 
 import adapted
@@ -64,8 +65,9 @@ def parity(layout: Layout, hf_dir, te, config, values, ref_logits, ref_grads, ov
     return errors
 
 
-def parity_of_single_weights(layout: Layout, *args):
-    """``parity`` where TE holds the experts of a linear in one parameter, as its newer versions can."""
+@contextlib.contextmanager
+def single_grouped_weights():
+    """Inside, TE holds the experts of a linear in one parameter, as its newer versions can."""
     from transformer_engine.pytorch import GroupedLinear
 
     init, made = GroupedLinear.__init__, []
@@ -76,10 +78,15 @@ def parity_of_single_weights(layout: Layout, *args):
 
     GroupedLinear.__init__ = with_single_weight
     try:
-        return parity(layout, *args)
+        yield
     finally:
         GroupedLinear.__init__ = init
         assert set(made) == {3}
+
+
+def parity_of_single_weights(layout: Layout, *args):
+    with single_grouped_weights():
+        return parity(layout, *args)
 
 
 def train(layout: Layout, hf_dir, te, config, values, steps):

@@ -69,6 +69,10 @@ def policies(layout: Layout, hf_dir):
     store.backup("actor")
     load_other(actor, "ref", str(hf_dir))
     seen["tags"], seen["bytes"] = sorted(store.backup_tags), dict(store.host_bytes)
+    try:
+        store.restore("refs")
+    except ValueError as error:
+        seen["unknown"] = str(error)
     seen["sizes"] = [
         sum(p.numel() * p.element_size() for _, p in model[0].named_parameters()),
         sum(t.numel() * t.element_size() for linear in iter_adapters(model) for t in (linear.lora_A, linear.lora_B)),

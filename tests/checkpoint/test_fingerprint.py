@@ -1,0 +1,116 @@
+"""Which base an adapter belongs to: a model at any parallelism, of any kind of linear, has the digits of its files.
+
+pytest tests/checkpoint/test_fingerprint.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+
+import adapted
+import moe_models
+import moe_runs
+import pytest
+import torch
+from harness import Layout, WorkerError
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import tiny
+
+from slime_plugins.lora import LoRAConfig, save_adapter
+from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+from slime_plugins.lora.base.fingerprint import fingerprint_of_hf
+from slime_plugins.lora.checkpoint.model import fingerprint_of_model
+
+CONFIG = LoRAConfig(rank=2)
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of(tmp_path_factory):
+    made = {}
+
+    def get(family):
+        if family not in made:
+            made[family] = moe_models.make_checkpoint(tmp_path_factory.mktemp(family), family)
+        return made[family]
+
+    return get
+
+
+def fingerprint(layout: Layout, hf_dir, te, single):
+    with moe_runs.single_grouped_weights() if single else contextlib.nullcontext():
+        chunks = moe_runs.chunks_of(layout, hf_dir, te, CONFIG)
+    return fingerprint_of_model(chunks)["layers"]
+
+
+@pytest.mark.parametrize(
+    "family, te, single, split",
+    [
+        ("qwen3_moe", True, False, "tp2-ep2-etp2"),
+        ("qwen3_moe", True, True, "tp2-ep2-etp2"),  # one 3-D weight for all experts of a rank
+        ("qwen3_moe", False, False, "tp2-ep2-etp2"),
+        ("qwen2_moe", True, False, "tp2-ep2-etp1"),  # shared experts
+        ("deepseek_v3", True, False, "tp2-ep2-etp2"),  # weights that every tensor-parallel rank has whole
+    ],
+)
+def test_the_models_is_its_files(te_pool4, checkpoint_of, family, te, single, split):
+    path = checkpoint_of(family)
+    base = BaseCheckpoint(path)
+    expected = fingerprint_of_hf(base, "float32", range(base.config["num_hidden_layers"]))["layers"]
+    for seen in te_pool4.run(fingerprint, path, te, single, **moe_runs.SPLITS[split]):
+        assert seen == expected
+
+
+def engines_base(layout: Layout, hf_dir, other):
+    from slime_plugins.lora.slime.hooks.base_check import refuse_other_base, remember_base
+
+    chunks = moe_runs.chunks_of(layout, hf_dir, True, CONFIG)
+    remember_base(chunks, str(hf_dir), None)
+    refuse_other_base(chunks, str(other))
+    return True
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+def test_the_engines_base_is_compared_whole(te_pool4, checkpoint_of, tmp_path, family):
+    """A copy elsewhere is the same base, with shared experts (spelled otherwise) and duplicated weights too."""
+    path = checkpoint_of(family)
+    shutil.copytree(path, tmp_path / "copy")
+    assert all(te_pool4.run(engines_base, path, tmp_path / "copy", **moe_runs.SPLITS["tp2-ep2-etp2"]))
+    file = tmp_path / "copy" / "model.safetensors"
+    tensors = load_file(file)
+    (name,) = [key for key in tensors if key.endswith("layers.1.self_attn.o_proj.weight")]
+    tensors[name][0, 0] += 1
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(WorkerError) as caught:
+        te_pool4.run(engines_base, path, tmp_path / "copy", **moe_runs.SPLITS["tp2-ep2-etp2"])
+    assert len(caught.value.errors) == 4
+    for kind, message in caught.value.errors.values():
+        assert kind == "ValueError" and "not the base that trains (base weights differ in 1 of" in message
+
+
+def saves(layout: Layout, hf_dir, out):
+    """How often weights are summed up: two saves, then one after a base weight has been written to."""
+    from slime_plugins.lora.base import fingerprint as room
+
+    real, calls = room.checksum, []
+    room.checksum = lambda tensor: calls.append(1) or real(tensor)
+    try:
+        chunks = adapted.adapted_chunks(hf_dir, CONFIG)
+        counts = []
+        for step in (1, 2, 3):
+            if step == 3 and layout.tp == 2 and torch.distributed.get_rank() == 1:
+                with torch.no_grad():
+                    chunks[0].decoder.layers[0].mlp.linear_fc2.weight[0, 0] += 1
+            save_adapter(chunks, out, step=step)
+            counts.append(len(calls))
+        return counts, fingerprint_of_model(chunks)["layers"]["0"]
+    finally:
+        room.checksum = real
+
+
+def test_it_is_computed_once(pool2, tmp_path_factory, tmp_path):
+    path = tiny(tmp_path_factory)
+    original = fingerprint_of_hf(BaseCheckpoint(path), "float32", [0])["layers"]["0"]
+    for (first, second, third), digits in pool2.run(saves, path, tmp_path, tp=2):
+        assert first > 0 and second == first and third == 2 * first
+        assert digits != original
