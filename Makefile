@@ -18,7 +18,7 @@ help:
 	@echo "                (flags for it: make rehearse REHEARSE_ARGS='--tp 2 --sp')"
 	@echo "make test       the tests that take minutes (flags for pytest: PYTEST_ARGS='-k layout')"
 	@echo "make test-all   all of them, the slow ones too"
-	@echo "make lint       ruff and shellcheck"
+	@echo "make lint       ruff, mypy, import-linter, shellcheck"
 	@echo "make bench      step time, communicated bytes, checkpoint size; JSON in bench/out"
 	@echo "make clean      remove .venv, caches and bench/out (runs/ stays)"
 
@@ -50,6 +50,8 @@ test-all: $(READY_ALL)
 lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo --no-cache
 	@$(BIN)/shellcheck --exclude SC1091 .ci/run examples/lora/*.sh  # 1091: slime's own scripts are not here
 
 bench: $(READY)
