@@ -38,11 +38,12 @@ def parse_json(data: bytes | str) -> Any:
             is no Unicode.
     """
     try:
-        value = json.loads(data, object_pairs_hook=_once)
+        text = data.decode() if isinstance(data, bytes) else data
+        value = json.loads(text, object_pairs_hook=_once)
     except RecursionError:
         raise ValueError(f"nested deeper than {_DEPTH} levels") from None
     _check_depth(value)
-    if b"\\ud" in (data if isinstance(data, bytes) else data.encode()).lower():  # half of a pair cannot be printed
+    if "\\ud" in text.lower():  # half of a pair cannot be printed
         _check_text(value)
     return value
 
