@@ -20,12 +20,14 @@ from slime_plugins.lora.projections import Adapter
 
 def import_checkpoint(
     adapter_dir: str | os.PathLike, hf_checkpoint: str | os.PathLike, out: str | os.PathLike
-) -> tuple[Path, Manifest]:
+) -> tuple[Path, Manifest, str]:
     """Write ``out``/release, which ``load_adapter`` reads into a model of ``LoRAConfig.from_peft(adapter_dir)``.
 
     Layout ``fused`` where the projections of every linear share their A, else ``split``. The whole base is read, for
     the fingerprint that a load compares.
 
+    Returns:
+        where it is, what it says, and what of the base was compared with what the adapter notes, for people.
     Raises:
         UsageError: ``hf_checkpoint`` is no checkpoint.
         ValueError, OSError: the adapter is damaged, holds what Megatron cannot, does not fit the base, or was made for
@@ -33,6 +35,9 @@ def import_checkpoint(
     """
     checkpoint = BaseCheckpoint(hf_checkpoint)
     source = PeftAdapter(adapter_dir, checkpoint)
+    other, compared = source.tensors.other_base(checkpoint, full=True)
+    if other:
+        raise ValueError(f"{adapter_dir}: {other}")
     config = LoRAConfig(**config_options(source))
     adapters: dict[str, Adapter] = {}
     shards: list[storage.Shard] = []
@@ -48,9 +53,6 @@ def import_checkpoint(
         for key, tensor in adapters[linear].tensors(pairs).items():
             whole = tensor.contiguous().clone()
             shards.append(storage.Shard(f"{linear}.{key}", whole, tuple(whole.shape), (0, 0)))
-    other, _ = source.tensors.other_base(checkpoint, full=True)
-    if other:
-        raise ValueError(f"{adapter_dir}: {other}")
     layers = range(base.number_of_layers(checkpoint))
     manifest = Manifest(
         step=None,
@@ -62,7 +64,7 @@ def import_checkpoint(
     )
     staged = directory.stage(out, None)
     written = storage.write_shards(staged, 0, shards)
-    return complete(staged, [written], pack_common(), manifest), manifest
+    return complete(staged, [written], pack_common(), manifest), manifest, compared
 
 
 def _check_fits(checkpoint: BaseCheckpoint, module: str, A: torch.Tensor, B: torch.Tensor) -> None:
