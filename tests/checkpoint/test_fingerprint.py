@@ -40,7 +40,7 @@ def checkpoint_of(tmp_path_factory):
 def fingerprint(layout: Layout, hf_dir, te, single):
     with moe_runs.single_grouped_weights() if single else contextlib.nullcontext():
         chunks = moe_runs.chunks_of(layout, hf_dir, te, CONFIG)
-    return fingerprint_of_model(chunks)["layers"]
+    return fingerprint_of_model(chunks)
 
 
 @pytest.mark.parametrize(
@@ -56,8 +56,22 @@ def fingerprint(layout: Layout, hf_dir, te, single):
 def test_the_models_is_its_files(te_pool4, checkpoint_of, family, te, single, split):
     path = checkpoint_of(family)
     base = BaseCheckpoint(path)
-    expected = fingerprint_of_hf(base, "float32", range(base.config["num_hidden_layers"]))["layers"]
+    expected = fingerprint_of_hf(base, "float32", range(base.config["num_hidden_layers"]))
+    assert {"embedding", "head", "norm", "layers.0", "layers.1"} <= expected["rest"].keys()
     for seen in te_pool4.run(fingerprint, path, te, single, **moe_runs.SPLITS[split]):
+        assert seen["layers"] == expected["layers"] and seen["rest"] == expected["rest"]
+
+
+def dense(layout: Layout, hf_dir):
+    return fingerprint_of_model(adapted.adapted_chunks(hf_dir, CONFIG, sp=layout.sp, vpp=layout.vpp))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])  # biases, tied and untied, norms on heads
+@pytest.mark.parametrize("sizes", [dict(tp=2, sp=True), dict(pp=2), dict(pp=2, vpp=2)], ids=["tp2", "pp2", "vpp2"])
+def test_a_dense_models_is_its_files(pool2, tmp_path_factory, family, sizes):
+    base = BaseCheckpoint(tiny(tmp_path_factory, family))
+    expected = fingerprint_of_hf(base, "float32", range(4))
+    for seen in pool2.run(dense, base.directory, **sizes):
         assert seen == expected
 
 
@@ -114,3 +128,34 @@ def test_it_is_computed_once(pool2, tmp_path_factory, tmp_path):
     for (first, second, third), digits in pool2.run(saves, path, tmp_path, tp=2):
         assert first > 0 and second == first and third == 2 * first
         assert digits != original
+
+
+def exports(layout: Layout, hf_dir, part, out):
+    """Export a model whose base is not, in one element, that of the directory."""
+    from slime_plugins.lora import export_peft
+
+    chunks = adapted.adapted_chunks(hf_dir, CONFIG)
+    adapted.randomize(chunks)
+    parameters = dict(chunks[0].named_parameters())
+    (name,) = [name for name in parameters if name.endswith(part)]
+    with torch.no_grad():
+        parameters[name].view(-1)[3] += 1e-3
+    export_peft(chunks, out, hf_checkpoint=hf_dir)
+
+
+@pytest.mark.parametrize(
+    "part, named",
+    [
+        ("embedding.word_embeddings.weight", "the embedding of the base differs"),
+        ("final_layernorm.weight", "the last norm of the base differs"),
+        ("layers.2.input_layernorm.weight", "norms or biases of the base differ in 1 layers, from layer 2"),
+        ("layers.3.mlp.linear_fc2.weight", "base weights differ in 1 of 4 layers compared, from layer 3"),
+    ],
+)
+def test_an_export_names_no_other_base(pool2, tmp_path_factory, tmp_path, part, named):
+    with pytest.raises(WorkerError) as caught:
+        pool2.run(exports, tiny(tmp_path_factory), part, tmp_path / "out", tp=2)
+    assert len(caught.value.errors) == 2
+    for kind, message in caught.value.errors.values():
+        assert kind == "ValueError" and "is not the base of this model" in message and named in message
+    assert not (tmp_path / "out").exists()

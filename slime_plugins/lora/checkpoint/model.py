@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,15 +11,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.utils import get_model_config
 
 from slime_plugins.lora.adapters import base_parameters, iter_adapters, iter_carriers, state_of
 from slime_plugins.lora.base import fingerprint
+from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.checkpoint.storage import Shard, TensorReader
 from slime_plugins.lora.layers import frozen_of
 from slime_plugins.lora.layers.pieces import Piece, Placement
 from slime_plugins.lora.names import in_experts, is_adapter
-from slime_plugins.lora.parallel import all_gather, chunks_of
+from slime_plugins.lora.parallel import all_gather, chunks_of, on_rank_0
 from slime_plugins.lora.projections import Adapter
 
 _LAYER = re.compile(r"(?:module\.)*decoder\.layers\.\d+")
@@ -116,42 +119,72 @@ def _marks(chunks: Sequence[torch.nn.Module]) -> list[tuple[int, int]]:
 
 def _fingerprint(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     config = get_model_config(chunks[0])
-    layers, sums, experts = [], [], []
-    dtype = None
+    names = [f"{kind}{n}" for kind in ("", "layers.") for n in range(config.num_layers)]
+    names += ["embedding", "head", "norm"]
+    found, local, dtype = [], [], None
     for chunk in chunks:
-        numbers = _layer_numbers(chunk)
-        for layer, path, matrix in _matrices(chunk):
-            layers.append(numbers[layer])
-            sums.append(fingerprint.checksum(matrix))
-            experts.append(in_experts(path))
-            dtype = dtype or matrix.dtype
-    totals = torch.zeros(config.num_layers, 2, dtype=torch.int64)
-    for number, total in zip(layers, _over_shards(sums, experts)):
-        totals[number] += total
+        for name, path, tensor in _base_parts(chunk):
+            dtype = dtype or (tensor.dtype if name.isdecimal() else None)
+            found.append((name, path))
+            local.append(fingerprint.checksum(tensor.to(dtype or config.params_dtype)))
+    sums = _over_shards(local, [in_experts(path) for _, path in found])
+    # Sum, sum of squares, how many tensors there are, how many cannot be compared: of every part, over all ranks.
+    totals = torch.zeros(len(names), 4, dtype=torch.int64)
+    for (name, path), total in zip(found, sums):
+        totals[names.index(name)] += torch.cat([total, torch.tensor([1, int(_is_foreign(path))])])
     if dist.is_initialized():
         device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
         totals = totals.to(device)
         dist.all_reduce(totals)
+    digits = {
+        name: fingerprint.digits(row[:2])
+        for name, row in zip(names, totals.cpu())
+        if name.isdecimal() or (row[2] > 0 and row[3] == 0)
+    }
     return {
         "architecture": fingerprint.architecture_of_model(config),
         "dtype": str(dtype or config.params_dtype).removeprefix("torch."),
-        "layers": {str(n): fingerprint.digits(row) for n, row in enumerate(totals.cpu())},
+        "layers": {name: value for name, value in digits.items() if name.isdecimal()},
+        "rest": {name: value for name, value in digits.items() if not name.isdecimal()},
+        "vocab_rows": max(all_gather(_vocab_rows(chunks))),
+        "norms": 0 if getattr(config, "layernorm_zero_centered_gamma", False) else 1,
     }
 
 
-def _matrices(chunk: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Every matrix of the base in a chunk's decoder layers, as it multiplies: path of its layer and module, value."""
+def _base_parts(chunk: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Part of the fingerprint, path of its module, and value, of every tensor of a chunk's base, as it multiplies."""
+    numbers = _layer_numbers(chunk)
     for path, module in chunk.named_modules():
         layer = _LAYER.match(path)
-        if not layer:
-            continue
         base = frozen_of(module)
         counted = base.parameters if base is not None and base.owns_weights else []
-        if base is not None and counted:
-            yield from ((layer[0], path, matrix) for matrix in base.matrices())
+        if base is not None and counted and layer:
+            yield from ((str(numbers[layer[0]]), path, matrix) for matrix in base.matrices())
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() >= 2 and not is_adapter(name) and not any(parameter is one for one in counted):
-                yield layer[0], path, parameter
+            if is_adapter(name) or (layer and any(parameter is one for one in counted)):
+                continue
+            if layer and parameter.dim() <= 2:
+                number = numbers[layer[0]]
+                yield str(number) if parameter.dim() == 2 else f"layers.{number}", path, parameter
+            elif not layer:
+                outside = next((part for end, part in _OUTSIDE.items() if path.endswith(end)), None)
+                tied_head = outside == "head" and getattr(parameter, "shared_embedding", False)
+                if outside is not None and not tied_head:
+                    yield outside, path, parameter
+
+
+_OUTSIDE = {"embedding.word_embeddings": "embedding", "output_layer": "head", "decoder.final_layernorm": "norm"}
+
+
+def _is_foreign(path: str) -> bool:
+    """Is this in a module that slime takes from Hugging Face, whose vectors need not have the checkpoint's dtype?"""
+    return ".linear_attn" in path
+
+
+def _vocab_rows(chunks: Sequence[torch.nn.Module]) -> int:
+    """Rows of the whole embedding, with Megatron's padding; 0 on a stage without it."""
+    found = (module for chunk in chunks for module in chunk.modules() if isinstance(module, VocabParallelEmbedding))
+    return next((module.num_embeddings for module in found), 0)
 
 
 def _layer_numbers(chunk: torch.nn.Module) -> dict[str, int]:
@@ -210,3 +243,25 @@ def parallelism() -> dict[str, int]:
         "cp": mpu.get_context_parallel_world_size(),
         "ep": mpu.get_expert_model_parallel_world_size(),
     }
+
+
+def other_base(model, hf_checkpoint: str | os.PathLike) -> list[str]:
+    """What tells the base of a model from that of a Hugging Face directory; [] if nothing that both sides know does.
+
+    Every file of the directory is read once, the first time. A quantised directory is not comparable: [].
+
+    Collectives:
+        those of ``fingerprint_of_model``, one broadcast_object_list.
+    Raises:
+        UsageError, ValueError, OSError: on every rank, a directory that is none, or is damaged.
+    """
+    ours = fingerprint_of_model(model)
+
+    def compare() -> list[str]:
+        checkpoint = BaseCheckpoint(hf_checkpoint)
+        if checkpoint.config.get("quantization_config") is not None:
+            return []
+        layers = [int(number) for number in ours["layers"]]
+        return fingerprint.differences(fingerprint.fingerprint_of_hf(checkpoint, ours["dtype"], layers), ours)
+
+    return on_rank_0(compare)

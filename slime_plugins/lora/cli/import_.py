@@ -9,7 +9,8 @@ import shlex
 NAME = "import"
 HELP = "Turn a PEFT adapter into a sharded checkpoint, to train on at any parallelism."
 EPILOG = """\
-One plain process: no GPU, no process group, no Megatron. The checkpoint has no optimizer state; train on it with the
+One plain process: no GPU, no process group, no Megatron. The whole base is read, once, and compared with what the
+adapter notes of the one that it was made for. The checkpoint has no optimizer state; train on it with the
 configuration printed. The last line printed is the path written.
 
 examples:
@@ -28,8 +29,9 @@ def run(args: argparse.Namespace) -> int:
     """Write the checkpoint; 0, or the error that ``cli.main`` prints."""
     from slime_plugins.lora.checkpoint.from_peft import import_checkpoint
 
-    path, manifest = import_checkpoint(args.adapter, args.hf_checkpoint, args.out)
+    path, manifest, compared = import_checkpoint(args.adapter, args.hf_checkpoint, args.out)
     print(f"{args.adapter}: adapters of {len(manifest.adapters)} linears")
+    print(f"base compared: {compared}")
     print(f"train on with: {_flags(manifest.config)}")
     print(path)
     return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from slime_plugins.lora.adapters import config_of, iter_adapters, refuse_trained_base
+from slime_plugins.lora.checkpoint.model import other_base
 from slime_plugins.lora.layers import LoRALinear
 from slime_plugins.lora.names import in_experts
 from slime_plugins.lora.parallel import everywhere, expert_group, gather_on_first, pipeline_group, rank
@@ -29,14 +30,17 @@ def export_peft(
         moe_format: of routed experts: ``per-expert`` (vLLM, SGLang, PEFT) or ``fused`` (PEFT); see ``moe_form``.
     Collectives:
         all_gather over each tensor- and expert-tensor-parallel group, gather_object over each expert- and
-        pipeline-parallel group, one all_gather_object.
+        pipeline-parallel group, one all_gather_object, and those of ``other_base``.
     Returns:
         ``out_dir``, complete on disk when any rank returns.
     Raises:
-        UsageError, ValueError, OSError: on every rank alike, when an adapter is missing, empty or not finite
-            (naming the tensor), the base is trainable, or the directory cannot be written. Nothing is left
-            half-written.
+        UsageError, ValueError, OSError: on every rank alike, when an adapter is missing, empty or not finite (naming
+            the tensor), the base trains, or is not that of ``hf_checkpoint``, or the directory cannot be written.
+            Nothing is left half-written.
     """
+    different = other_base(model, hf_checkpoint)
+    if different:
+        raise ValueError(f"{hf_checkpoint} is not the base of this model: {'; '.join(different)}")
     projections = gather_projections(model)
 
     def write() -> None:

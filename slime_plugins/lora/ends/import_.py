@@ -17,6 +17,7 @@ from itertools import accumulate
 import torch
 
 from slime_plugins.lora.adapters import config_of, iter_adapters
+from slime_plugins.lora.checkpoint.model import other_base
 from slime_plugins.lora.layers import AdapterSpec, LoRALinear
 from slime_plugins.lora.layers.pieces import Piece, Placement
 from slime_plugins.lora.names import spellings
@@ -48,14 +49,15 @@ def import_peft(model, adapter_dir: str | os.PathLike, *, optimizer=None) -> Imp
         model: a module or the list of this rank's pipeline chunks, wrapped or not.
         optimizer: Megatron's, if it exists already; its float32 copies would otherwise undo the import.
     Collectives:
-        object gathers over the world.
+        object gathers over the world, and those of ``other_base``.
     Raises:
         OSError, ValueError: on every rank alike, naming what is missing, extra, of another shape or rank, damaged, not
-            finite, or not representable. Nothing has been changed then.
+            finite, not representable, or made for a base that is here and is another. Nothing has been changed then.
     """
     config_of(model)
     source = everywhere(lambda: PeftAdapter(adapter_dir))
     on_rank_0(lambda: validate_adapter(source.config, source.tensors))
+    _refuse_other_base(model, source)
     linears = list(iter_adapters(model))
     specs = [one for linear in linears for one in linear.lora.one_by_one()]
     here = {name for names in all_gather([name for spec in specs for name in spec.projections]) for name in names}
@@ -71,6 +73,15 @@ def import_peft(model, adapter_dir: str | os.PathLike, *, optimizer=None) -> Imp
     rescaled = sorted({name for rank in notes for names, _ in rank for name in names})
     stacked = sorted({name for rank in notes for _, name in rank if name})
     return ImportedAdapter(projections=len(here), rescaled=tuple(rescaled), stacked=tuple(stacked))
+
+
+def _refuse_other_base(model, source: PeftAdapter) -> None:
+    """Raise ValueError if the base that the adapter names is on this machine and is not this model's. Collective."""
+    named = source.config.get("base_model_name_or_path")
+    here = on_rank_0(lambda: isinstance(named, str) and os.path.isfile(os.path.join(named, "config.json")))
+    different = other_base(model, named) if here else []
+    if different:
+        raise ValueError(f"{source.directory} was made for {named}, not for this base: {'; '.join(different)}")
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ accumulated into the base's input gradient, its output into the base's output, t
 side, and the only activation kept is the local input shard and the rank-sized h. The base may be any module.
 
 The collective on h (n tokens on the tensor-parallel group, r rank) starts before the base runs and is waited for after
-it, forward and backward. Where A sees what the base hands out (TransformerEngine's fused norm), the base has run before
-h is there, and its backward cannot start before h's gradient has been exchanged: nothing overlaps then.
+it, forward and backward. Where A sees what the base hands out (TransformerEngine's fused norm), the base has run
+before h is there, and its backward cannot start before h's gradient has been exchanged: nothing overlaps then.
 
     base          A               B               h forward             dh backward           partial over TP
     column        [r, I] repl.    [O/T, r]        -                     all-reduce n*r        -

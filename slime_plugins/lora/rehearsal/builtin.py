@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from slime_plugins.lora.files.cache import cache_dir
 from slime_plugins.lora.rehearsal.task import DIGITS, ORDINALS, recall_prompts
 
 RECIPE = {
@@ -27,11 +28,6 @@ RECIPE = {
     "prompts": 4096,
     "seed": 0,
 }
-
-
-def cache_dir() -> Path:
-    """Where made checkpoints stay: ``$XDG_CACHE_HOME/slime-lora`` or ``~/.cache/slime-lora``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slime-lora"
 
 
 def builtin_checkpoint(progress: Callable[[str], None] = lambda line: None) -> tuple[Path, Path]:

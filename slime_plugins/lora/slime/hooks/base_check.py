@@ -6,10 +6,8 @@ import logging
 from pathlib import Path
 
 from slime_plugins.lora.adapters import state_of
-from slime_plugins.lora.base import fingerprint
-from slime_plugins.lora.base.checkpoint import BaseCheckpoint
-from slime_plugins.lora.checkpoint.model import fingerprint_of_model
-from slime_plugins.lora.parallel import on_rank_0, rank
+from slime_plugins.lora.checkpoint.model import other_base
+from slime_plugins.lora.parallel import rank
 from slime_plugins.lora.slime.hooks.paths import step_dir
 
 logger = logging.getLogger(__name__)
@@ -30,31 +28,20 @@ def _source(path: str, step: int | None) -> str:
 
 
 def refuse_other_base(model, hf_checkpoint: str) -> None:
-    """Compare every layer of the base with the Hugging Face checkpoint's, where the base came from elsewhere.
+    """Compare the whole base with the Hugging Face checkpoint's, where it came from elsewhere.
 
     Collectives:
-        those of ``fingerprint_of_model``, one broadcast_object_list.
+        those of ``other_base``.
     Raises:
         ValueError: they differ: an adapter trained on this base would be served on another one.
     """
     if same_base(hf_checkpoint, None, model):
         return
-    ours = fingerprint_of_model(model)
-
-    def compare() -> None:
-        checkpoint = BaseCheckpoint(hf_checkpoint)
-        if "quantization_config" in checkpoint.config:
-            logger.warning("LoRA: %s is quantised: it is not known whether it is the base that trains", hf_checkpoint)
-            return
-        layers = [int(number) for number in ours["layers"]]
-        theirs = fingerprint.fingerprint_of_hf(checkpoint, ours["dtype"], layers)
-        found = fingerprint.differences(ours, theirs)
-        if found:
-            raise ValueError(
-                f"--lora-sync adapter: the engines start from --hf-checkpoint {hf_checkpoint}, which is not the base "
-                f"that trains ({'; '.join(found)}); give the base as --hf-checkpoint, or use --lora-sync merged"
-            )
-
     if rank() == 0:
         logger.info("LoRA: comparing the base with %s", hf_checkpoint)
-    on_rank_0(compare)
+    found = other_base(model, hf_checkpoint)
+    if found:
+        raise ValueError(
+            f"--lora-sync adapter: the engines start from --hf-checkpoint {hf_checkpoint}, which is not the base "
+            f"that trains ({'; '.join(found)}); give the base as --hf-checkpoint, or use --lora-sync merged"
+        )
