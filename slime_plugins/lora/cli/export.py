@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from slime_plugins.lora.cli.arguments import check_out, place
+
 FORMATS = ("per-expert", "fused")  # peft.experts_form.FORMATS, which costs torch to import
 NAME = "export"
 HELP = "Turn a sharded adapter checkpoint into a PEFT adapter, or merge it into its base."
@@ -22,10 +24,18 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="a run's directory (its latest checkpoint), or one in it"
+        "--checkpoint",
+        required=True,
+        type=place,
+        metavar="DIR",
+        help="a run's directory (its latest checkpoint), or one in it",
     )
-    parser.add_argument("--hf-checkpoint", required=True, metavar="DIR", help="the base that it was trained on")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the adapter, or with --merge the merged model")
+    parser.add_argument(
+        "--hf-checkpoint", required=True, type=place, metavar="DIR", help="the base that it was trained on"
+    )
+    parser.add_argument(
+        "--out", required=True, type=place, metavar="DIR", help="the adapter, or with --merge the merged model"
+    )
     parser.add_argument("--merge", action="store_true", help="write a full checkpoint: base plus adapter")
     parser.add_argument(
         "--peft-patterns",
@@ -41,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "%(default)s)",
     )
     parser.add_argument(
-        "--serve-dir", metavar="DIR", help="also make a directory of links to base and adapter, for transformers serve"
+        "--serve-dir",
+        type=place,
+        metavar="DIR",
+        help="also make a directory of links to base and adapter, for transformers serve",
     )
 
 
@@ -54,6 +67,10 @@ def run(args: argparse.Namespace) -> int:
     if args.merge and (args.peft_patterns or args.serve_dir):
         flag = "--peft-patterns" if args.peft_patterns else "--serve-dir"
         raise UsageError(f"--merge writes a full model, for which {flag} has no meaning; leave one of them out")
+    sources = {"--checkpoint": args.checkpoint, "--hf-checkpoint": args.hf_checkpoint}
+    check_out("--out", args.out, sources)
+    if args.serve_dir is not None:
+        check_out("--serve-dir", args.serve_dir, sources | {"--out": args.out})
     checkpoint = AdapterCheckpoint(args.checkpoint)
     base = BaseCheckpoint(args.hf_checkpoint)
     compared = checkpoint.check_base(base)

@@ -6,6 +6,8 @@ import argparse
 import json
 import shlex
 
+from slime_plugins.lora.cli.arguments import check_out, place
+
 NAME = "import"
 HELP = "Turn a PEFT adapter into a sharded checkpoint, to train on at any parallelism."
 EPILOG = """\
@@ -20,15 +22,19 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="PEFT adapter, safetensors or .bin")
-    parser.add_argument("--hf-checkpoint", required=True, metavar="DIR", help="the base that it belongs to")
-    parser.add_argument("--out", required=True, metavar="DIR", help="a run's directory; the checkpoint is DIR/release")
+    for flag, what in (
+        ("--adapter", "PEFT adapter, safetensors or .bin"),
+        ("--hf-checkpoint", "the base that it belongs to"),
+        ("--out", "a run's directory; the checkpoint is DIR/release"),
+    ):
+        parser.add_argument(flag, required=True, type=place, metavar="DIR", help=what)
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the checkpoint; 0, or the error that ``cli.main`` prints."""
     from slime_plugins.lora.checkpoint.from_peft import import_checkpoint
 
+    check_out("--out", args.out, {"--adapter": args.adapter, "--hf-checkpoint": args.hf_checkpoint})
     path, manifest, compared = import_checkpoint(args.adapter, args.hf_checkpoint, args.out)
     print(f"{args.adapter}: adapters of {len(manifest.adapters)} linears")
     print(f"base compared: {compared}")

@@ -7,6 +7,8 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from slime_plugins.lora.cli.arguments import place
+
 if TYPE_CHECKING:
     from slime_plugins.lora.peft.checks import Problem
     from slime_plugins.lora.peft.verify import Report
@@ -27,9 +29,11 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    parser.add_argument("adapter", metavar="ADAPTER_DIR", help="directory with adapter_config.json and the weights")
     parser.add_argument(
-        "--hf-checkpoint", metavar="DIR", help="base model: check modules, shapes and weights against it"
+        "adapter", type=place, metavar="ADAPTER_DIR", help="directory with adapter_config.json and the weights"
+    )
+    parser.add_argument(
+        "--hf-checkpoint", type=place, metavar="DIR", help="base model: check modules, shapes and weights against it"
     )
     parser.add_argument(
         "--full", action="store_true", help="compare every byte of the base, where the adapter notes what they were"

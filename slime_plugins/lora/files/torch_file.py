@@ -7,6 +7,7 @@ so ``checked`` does, for the records in use.
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import struct
@@ -58,7 +59,7 @@ class TorchFile:
         with self._reasons():
             with open_regular(self.path) as file, zipfile.ZipFile(file) as archive:
                 records = archive.infolist()
-                _refuse_bombs(self.path, records)
+                _refuse_bombs(self.path, os.fstat(file.fileno()).st_size, records)
                 self.has_checksums = any(record.CRC for record in records)
                 for record in records:
                     if self.has_checksums and "/data/" not in record.filename:
@@ -122,12 +123,22 @@ class TorchFile:
             raise ValueError(f"{self.path}: cannot be loaded as plain tensors: {reason}") from error
 
 
-def _refuse_bombs(path: Path, records: list[zipfile.ZipInfo]) -> None:
+def load_plain(data: bytes, what: str) -> Any:
+    """The value in the bytes of a whole ``torch.save`` file. Raises ValueError, starting with ``what``."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            _refuse_bombs(what, len(data), archive.infolist())
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, *_DAMAGE) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{what}: cannot be loaded as plain tensors: {reason}") from error
+
+
+def _refuse_bombs(path: Path | str, size: int, records: list[zipfile.ZipInfo]) -> None:
     """``torch.save`` stores; what is compressed, or overlaps, is larger unpacked than anybody expects."""
     packed = [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]
     if packed:
         raise ValueError(f"{path}: {packed[0]!r:.80} in it is compressed, which torch.save does not do: not unpacked")
-    size = path.stat().st_size
     if sum(record.file_size for record in records) > size:
         raise ValueError(f"{path}: its records together are larger than the file ({size} bytes): damaged")
 
