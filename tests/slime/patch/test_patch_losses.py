@@ -373,6 +373,24 @@ def test_lines_are_taken_out_of_what_is_no_python_any_more(slime, patch):
     assert (slime / HTTP).read_text() == "<<<<<<< HEAD\n" + FILES[HTTP]
 
 
+@pytest.mark.parametrize("broken", ["((\n", "x = (\n", "return 1 +\n", "def f(\n"])
+def test_a_string_in_what_is_no_python_stays(slime, patch, broken):
+    (slime / HTTP).write_text(FILES[HTTP] + THEIRS[2] + broken)
+    before = everything(slime)
+    refused(slime, patch, "apply", naming=HTTP)
+    assert patch("revert")[0] == 0 and everything(slime) == before
+
+
+def test_a_line_that_may_lie_in_an_open_string_is_not_deleted(slime, patch):
+    assert patch("apply")[0] == 0
+    text = (slime / HTTP).read_text()
+    (slime / HTTP).write_text(text.replace("import os\n", 'import os\n"""\n'))
+    refused(slime, patch, "revert", naming="mend the file first")
+    assert patch("check")[0] == 1
+    (slime / HTTP).write_text(text)
+    assert patch("revert")[0] == 0 and git(slime, "status", "--porcelain") == ""
+
+
 def test_an_edit_that_would_change_the_meaning_of_a_line_is_refused(slime, patch):
     for old, new in (
         ("import os\nfrom functools", "import os\nif 1: import re\nfrom functools"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from collections.abc import Iterable
@@ -148,7 +149,10 @@ def revert(slime_dir: str | os.PathLike, *, force: bool = False) -> list[str]:
         if not (root / path).is_file() or sources.shared(root, [*changes, path]):  # one writing is enough
             continue
         now = sources.read(root, path)
-        clean = strip(now)
+        try:
+            clean = strip(now)
+        except NotPythonError as error:
+            raise ValueError(f"{root / path}: {error}") from error
         if now != clean:
             reason = sources.reason_against(root, path)
             if reason:
@@ -165,8 +169,12 @@ def revert(slime_dir: str | os.PathLike, *, force: bool = False) -> list[str]:
 
 def lines_left(root: Path) -> list[str]:
     """``path:line`` of lines that have our mark or name our module but are none that we insert; they stay."""
-    readable = (path for path in PATHS if sources.reason_against(root, path) is None)
-    return [f"{path}:{number}" for path in readable for number in strangers(sources.read(root, path))]
+    found = []
+    for path in PATHS:
+        if sources.reason_against(root, path) is None:
+            with contextlib.suppress(NotPythonError):  # plan and revert name it
+                found += [f"{path}:{number}" for number in strangers(sources.read(root, path))]
+    return found
 
 
 def diff(made: Plan) -> str:
@@ -190,12 +198,16 @@ def dirty_files(root: Path) -> list[str]:
     for entry in filter(None, os.fsdecode(status or b"").split("\0")):
         path = entry[3:].removeprefix(prefix)
         committed = _git(root, "show", f"HEAD:{prefix}{path}")
-        is_clean = sources.reason_against(root, path) is None and committed == sources.encode(
-            strip(sources.read(root, path))
-        )
-        if not is_clean:
+        if sources.reason_against(root, path) or committed != _bytes_without_ours(root, path):
             dirty.append(path)
     return dirty
+
+
+def _bytes_without_ours(root: Path, path: str) -> bytes | None:
+    try:
+        return sources.encode(strip(sources.read(root, path)))
+    except NotPythonError:
+        return None
 
 
 def _remove_leftovers(root: Path) -> None:
@@ -229,7 +241,10 @@ def _reason_against(root: Path, path: str, edit, texts: dict[str, str]) -> str |
             text.encode()
         except UnicodeEncodeError:
             return "not UTF-8"
-        texts[path] = strip(text)
+        try:
+            texts[path] = strip(text)
+        except NotPythonError as error:
+            return str(error)
     try:
         insert(texts[path], [edit])
     except (NotPythonError, MissingSeamError) as error:

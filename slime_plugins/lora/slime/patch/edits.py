@@ -232,14 +232,20 @@ def strangers(source: str) -> list[int]:
 def marked_lines(source: str) -> list[tuple[str, bool]]:
     """(line, is it one that ``insert`` put there?) for every line.
 
-    In a file that is no Python (a merge conflict, half a file) the shape of a line decides alone.
+    Raises:
+        NotPythonError: a line has the shape of ours, and Python cannot tell whether it lies in a string. Any other
+            fault in the file (a merge conflict, half a file) does no harm.
     """
     lines = split_lines(source)
-    ours = [is_ours(line) for line in lines]
-    if any(ours):
-        comments = _lines_with_comment(lines)
-        ours = [shape and (comments is None or i in comments) for i, shape in enumerate(ours)]
-    return list(zip(lines, ours, strict=True))
+    shaped = {i for i, line in enumerate(lines) if is_ours(line)}
+    comments, readable = _comments(lines) if shaped else (set(), 0)
+    unclear = [i for i in shaped if i >= readable]
+    if unclear:
+        raise NotPythonError(
+            f"not Python from line {readable + 1} on: whether line {min(unclear) + 1} is ours or lies in a string of "
+            "yours cannot be told; mend the file first"
+        )
+    return [(line, i in shaped & comments) for i, line in enumerate(lines)]
 
 
 def is_ours(line: str) -> bool:
@@ -247,14 +253,18 @@ def is_ours(line: str) -> bool:
     return _SHAPE.fullmatch(line) is not None
 
 
-def _lines_with_comment(lines: list[str]) -> set[int] | None:
-    """Lines, from 0, that end in a comment which is our mark; None if Python cannot tell."""
+def _comments(lines: list[str]) -> tuple[set[int], int]:
+    """Lines, from 0, that end in a comment which is our mark; and how many lines Python could read."""
     plain = (line.rstrip("\r\n") + "\n" for line in lines)
+    found, readable = set(), 0
     try:
-        tokens = list(tokenize.generate_tokens(lambda: next(plain, "")))
+        for token in tokenize.generate_tokens(lambda: next(plain, "")):
+            readable = token.end[0] - (token.end[1] == 0)
+            if token.type == tokenize.COMMENT and token.string == MARK:
+                found.add(token.start[0] - 1)
     except (tokenize.TokenError, SyntaxError, ValueError):
-        return None
-    return {token.start[0] - 1 for token in tokens if token.type == tokenize.COMMENT and token.string == MARK}
+        return found, readable
+    return found, len(lines)
 
 
 def _indentation(lines: list[str], insertion: Insertion) -> str:

@@ -95,8 +95,9 @@ def write(changes: dict[str, tuple[bytes, bytes]], root: Path, verb: str) -> lis
 def remove_leftovers(root: Path, paths: Iterable[str]) -> None:
     """Delete the temporary files of a ``write`` that was killed."""
     for path in paths:
-        if is_inside(root, root / path):
-            _temporary(Path(os.path.realpath(root / path))).unlink(missing_ok=True)
+        for place in (root / path, Path(os.path.realpath(root / path))):
+            if is_inside(root, place.parent):
+                _temporary(place).unlink(missing_ok=True)
 
 
 def _temporary(place: Path) -> Path:
