@@ -93,8 +93,10 @@ def test_the_starts_lora_flags_are_taken(own, adapters):
         lora = settings.lora
         assert (lora.rank, lora.alpha, lora.layout, lora.seed) == (4, 12.0, "split", 7)
         # And said, as flags that give the same again.
-        assert "--lora-r 4 --lora-alpha 12 --lora-target-modules q_proj v_proj --lora-layout split" in "\n".join(lines)
-        given = {"lora_r": 4, "lora_alpha": 12.0, "lora_layout": "split", "lora_target_modules": ["q_proj", "v_proj"]}
+        said = next(line.split() for line in lines if "--lora-r 4 --lora-alpha 12 --lora-target-modules" in line)
+        assert {"q_proj", "v_proj", "--lora-layout", "split"} <= set(said)
+        given = {"lora_r": 4, "lora_alpha": 12.0, "lora_layout": "split"}
+        given["lora_target_modules"] = list(lora.target_modules)
         assert prepare({**own, **start, **given, "seed": 7}, lines.append).lora == lora
         # What says nothing of its values may be another.
         assert prepare({**own, **start, "lora_dropout": 0.1}, lines.append).lora.dropout == 0.1
@@ -154,7 +156,9 @@ def test_out_spares_what_is_read(own, base, adapters, tmp_path):
     inside = "lies in --hf-checkpoint"
     refused({**own, "out": str(base)}, "holds other files")
     refused({**own, "out": str(base / "run")}, inside)
-    refused({**own, "lora_adapter_path": str(adapters / "peft"), "out": str(adapters / "peft" / "x")}, "lies in --lora-")
+    refused(
+        {**own, "lora_adapter_path": str(adapters / "peft"), "out": str(adapters / "peft" / "x")}, "lies in --lora-"
+    )
     earlier = tmp_path / "earlier"
     shutil.copytree(adapters / "peft", earlier / "adapter")
     (earlier / "settings.json").write_text("{}")
@@ -177,7 +181,9 @@ def test_a_chat_template_that_is_not_applied_is_noted(own):
 def test_responses_are_looked_at_too(own, tmp_path):
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"input": "t5", "label": "t6 " * 512}) + "\n")
     prepare(own, lambda line: None)
-    refused({**own, "objective": "sft"}, "a prompt of 1 tokens and a response of 513 exceed this model's 512 positions")
+    refused(
+        {**own, "objective": "sft"}, "a prompt of 1 tokens and a response of 513 exceed this model's 512 positions"
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,7 +225,10 @@ def test_config_reads_back_what_a_run_wrote(own, tmp_path):
 
 def test_config_of_the_builtin_task_is_the_builtin_task(tmp_path):
     file = tmp_path / "settings.json"
-    made = {"hf_checkpoint": "/gone/recall-qwen3-0123456789ab", "prompt_data": "/gone/recall-qwen3-0123456789ab/prompts.jsonl"}
+    made = {
+        "hf_checkpoint": "/gone/recall-qwen3-0123456789ab",
+        "prompt_data": "/gone/recall-qwen3-0123456789ab/prompts.jsonl",
+    }
     file.write_text(json.dumps({**Settings(steps=3).to_dict(), **made}))
     given = verb._read_config(str(file))
     assert "hf_checkpoint" not in given

@@ -5,6 +5,8 @@ pytest tests/rehearsal/test_rehearsal_pure.py
 
 import dataclasses
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -75,7 +77,7 @@ def test_metrics_do_not_share_memory_with_the_loss(name):
     zeros = torch.zeros(2, 3)
     batch = Batch(zeros.long(), torch.tensor([[0.0, 1, 1]] * 2), {"advantages": torch.tensor([1.0, 2.0])})
     objective = make_objective(name, Settings())
-    batch = objective.prepare(batch).having(**{field: zeros for field in objective.computed})
+    batch = objective.prepare(batch).having(**dict.fromkeys(objective.computed, zeros))
     loss, metrics = objective.loss(output_of((zeros - 0.5).requires_grad_()), batch)
     before = metrics["loss"].item()
     assert before == loss.item() != 0
@@ -265,7 +267,9 @@ def test_prompts_become_tokens(tmp_path, family):
     with pytest.raises(ValueError, match="a prompt of 3 tokens and a response of 3 exceed this model's 5 positions"):
         encoder.pairs(["t4 t4 t4"], ["t5 t6"], end=2)
     encoder.tokenizer.chat_template = None
-    with pytest.raises(UsageError, match="prompts that are lists of messages: the tokenizer of .* has no chat template"):
+    with pytest.raises(
+        UsageError, match=r"prompts that are lists of messages: the tokenizer of .* has no chat template"
+    ):
         encoder.prompts([[{"role": "user", "content": "t4"}]], room=2)
 
 
@@ -275,8 +279,27 @@ def test_prompt_lines_carry_response_and_metadata(tmp_path):
     keys = Keys(label_required=False, response="answer")
     assert read_prompts(path, keys) == [Prompt("a", None, "b", {"k": 1})]
     path.write_text('{"input": "a", "answer": "b", "metadata": [1]}\n')
-    with pytest.raises(ValueError, match="p.jsonl:1: 'metadata' .--metadata-key. is .1., expected a JSON object"):
+    with pytest.raises(ValueError, match=r"p.jsonl:1: 'metadata' .--metadata-key. is .1., expected a JSON object"):
         read_prompts(path, keys)
     path.write_bytes(b'{"input": "\xff"}\n')
     with pytest.raises(ValueError, match="not UTF-8"):
         read_prompts(path, keys)
+
+
+def test_wandb_is_told_what_tensorboard_is(tmp_path, monkeypatch):
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda exit_code: calls.append(exit_code)
+    )
+    fake = types.SimpleNamespace(
+        login=lambda **options: calls.append(options), init=lambda **options: calls.append(options) or run
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    settings = Settings(use_wandb=True, wandb_key="secret", wandb_project="p", wandb_team="t")
+    with outputs.Recorder(tmp_path, settings) as recorder:
+        recorder.step({"step": 1, "reward": 0.5})
+    login, init, *rest = calls
+    assert login == {"key": "secret", "host": None}
+    assert (init["project"], init["entity"], init["config"]["lr"]) == ("p", "t", 5e-3)
+    assert rest == [(1, {"reward": 0.5}), 0]
+    assert "secret" not in (tmp_path / outputs.SETTINGS).read_text() + json.dumps(init["config"])

@@ -1,4 +1,4 @@
-"""One batch's training on Megatron ranks equals GRPO and SFT written down plainly on transformers + PEFT, at any layout.
+"""Training on Megatron ranks equals GRPO and SFT written down plainly on transformers + PEFT, at any layout.
 
 GRPO: two optimizer steps on one rollout: the second is off-policy, so ratio, clipping and KL all count. SFT: loss and
 gradients of one step. The oracles share no code with the trainer: their own masks, their own loss, one process.
@@ -137,7 +137,7 @@ GRADIENT_SCALE = 100.0
 
 
 def train_sft(layout: Layout, settings, start_dir, end_dir):
-    """One step that subtracts ``GRADIENT_SCALE`` times the gradient: what Adam does with an epsilon that outweighs it."""
+    """One step that subtracts ``GRADIENT_SCALE`` times the gradient: Adam's, with an epsilon that outweighs it."""
     import megatron.core.optimizer as megatron_optimizer
     from adapted import randomize
 
@@ -206,3 +206,37 @@ def test_sft_equals_oracle(request, base, tmp_path, pool, layout, flags):
     for name, gradient in gradients.items():
         found = (start[name] - end[name]) / GRADIENT_SCALE
         assert (found - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+def start(layout: Layout, settings, how, source, end_dirs):
+    """Adapters read from ``source``, written again, trained for a step, written again. Returns what the read gave."""
+    from slime_plugins.lora.rehearsal.trainer import RankTrainer
+
+    trainer = RankTrainer()
+    trainer.build(settings)
+    result = getattr(trainer, how)(str(source))
+    trainer.export(str(end_dirs[0]))
+    trainer.train(make_batch(*samples(), multiple=layout.tp))
+    trainer.export(str(end_dirs[1]))
+    return result
+
+
+@pytest.mark.parametrize("how", ["start_from_peft", "start_from_checkpoint", "load"])
+def test_starts_from_an_adapter(pool2, base, tmp_path, how):
+    """A PEFT directory, a checkpoint, and ``--load`` of what ``slime-lora import`` wrote, which is at no step."""
+    from slime_plugins.lora.checkpoint.from_peft import import_checkpoint
+
+    settings = dataclasses.replace(
+        SETTINGS, objective="sft", hf_checkpoint=str(base), n_samples_per_prompt=1, num_steps_per_rollout=1, lr=1e-3
+    )
+    pool2.run(train_sft, settings, tmp_path / "peft", tmp_path / "unused", tp=2)
+    import_checkpoint(tmp_path / "peft", base, tmp_path / "imported")
+    source = tmp_path / ("peft" if how == "start_from_peft" else "imported")
+    ends = (tmp_path / "read", tmp_path / "trained")
+    results = pool2.run(start, settings, "load" if how == "load" else "start_from", source, ends, tp=2)
+    assert set(results) == {0 if how == "load" else None}
+    was, read, trained = (load_file(d / "adapter_model.safetensors") for d in (tmp_path / "peft", *ends))
+    for name, tensor in was.items():
+        assert torch.equal(read[name], tensor), name
+        # Adam's first step is of the learning rate. From other values, as of masters that were not read, it is not.
+        assert 0 < (trained[name] - tensor).abs().max() <= 1.01 * settings.lr, name

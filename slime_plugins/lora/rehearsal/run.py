@@ -39,7 +39,8 @@ def rehearse(settings: Settings, *, debug: bool = False) -> dict:
     device, objective = resolve_device(settings), make_objective(settings.objective, settings)
     if outputs.claim(out):
         display.line(f"{out}: replacing the earlier rehearsal there")
-    display.line(f"starting {settings.world_size} Megatron ranks and a rollout process on {device} ...")
+    ranks = f"{settings.world_size} Megatron rank{'s' * (settings.world_size > 1)}"
+    display.line(f"starting {ranks} and a rollout process on {device} ...")
     try:
         with (
             Rewarder(settings) as rewarder,
