@@ -3,6 +3,7 @@
 pytest tests/rehearsal/test_preflight.py
 """
 
+import argparse
 import json
 import shutil
 
@@ -260,6 +261,28 @@ def test_a_wrong_config_is_one_line(tmp_path, capsys, text, words):
     assert error.startswith(f"slime-lora: error: --config {file}: ")
     assert words in error
     assert error.count("\n") == 1
+
+
+def numeric_flags():
+    parser = argparse.ArgumentParser()
+    verb.add_arguments(parser)
+    return [action.option_strings[0] for action in parser._actions if action.type in (int, float)]
+
+
+@pytest.mark.parametrize("name", numeric_flags())
+def test_no_flag_takes_a_number_that_is_none(name, tmp_path, capsys, monkeypatch):
+    """One line and exit code 2, before any process is started, whatever the flag."""
+    from slime_plugins.lora.rehearsal import run
+
+    monkeypatch.setattr(run, "rehearse", lambda *args, **options: pytest.fail("it would have started"))
+    needed = {"--save-interval": ["--save", str(tmp_path / "saved")], "--lora-r": ["--tp", "1"]}.get(name, [])
+    for value in ("nan", "inf", "-inf", "9" * 20, "-1", "1_000_000_000_000", "", "1e999", "0x10"):
+        command = ["rehearse", "--out", str(tmp_path / "out"), *needed, f"{name}={value}"]
+        assert main(command) == 2, value
+        error = capsys.readouterr().err
+        assert error.startswith("slime-lora: error: ")
+        assert error.count("\n") == 1
+        assert not (tmp_path / "out").exists()
 
 
 def test_help_leaves_out_what_says_nothing_here(capsys):

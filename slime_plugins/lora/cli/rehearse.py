@@ -30,8 +30,8 @@ examples:
   slime-lora rehearse --tp 2 --sp --lora-target-modules q_proj v_proj --lora-layout split
   slime-lora rehearse --hf-checkpoint Qwen3-0.6B --prompt-data gsm8k.jsonl --input-key question --label-key answer \\
       --apply-chat-template --rm-type number --rollout-max-response-len 256 --steps 50
-  slime-lora rehearse --objective sft --hf-checkpoint Qwen3-0.6B --prompt-data chats.jsonl --response-key answer \\
-      --apply-chat-template
+  slime-lora rehearse --objective sft --hf-checkpoint Qwen3-0.6B --prompt-data gsm8k.jsonl --input-key question \\
+      --label-key answer --apply-chat-template
   slime-lora rehearse --config runs/rehearsal/settings.json --lr 1e-3 --out runs/second
 """
 _NOT_SETTINGS = ("verb", "run", "debug", "config", "use_lora", "lora_only_trainable")

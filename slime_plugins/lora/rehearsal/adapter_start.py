@@ -15,7 +15,7 @@ from slime_plugins.lora.checkpoint.manifest import Manifest
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.names import hf_names, megatron_name
-from slime_plugins.lora.rehearsal.settings import Settings
+from slime_plugins.lora.rehearsal.settings import MAX_COUNT, Settings
 from slime_plugins.lora.targets import Targets, check_all_matched
 
 
@@ -73,7 +73,10 @@ def _config_at(settings: Settings, what: str, layout: str | None, progress: Call
 
 
 def check_config(config: LoRAConfig, base: HFBase) -> None:
-    """Raise UsageError for targets that name nothing, and for a rank above what its matrix can hold."""
+    """Raise UsageError for targets that name nothing, a rank above what its matrix can hold, an endless alpha."""
+    alpha = max(config.alpha, *config.alpha_pattern.values(), 0)
+    if alpha > MAX_COUNT:
+        raise UsageError(f"LoRA alpha is {alpha:g}; expected at most {MAX_COUNT:,}")
     targets = Targets(config.target_modules, config.exclude_modules)
     names = dict.fromkeys(megatron_name(name)[0] for name in base.linears())
     adapted = [name for name in names if targets.parts_of(name)]

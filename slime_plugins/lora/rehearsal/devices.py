@@ -38,7 +38,7 @@ def resolve_device(settings: Settings) -> str:
     return "cpu"
 
 
-def default_tp(device: str, pp: int, dp: int, sp: bool) -> int:
+def default_tp(*, device: str, pp: int, dp: int, sp: bool) -> int:
     """Tensor-parallel ranks where none are asked for: 2, but 1 on a machine with one GPU, which takes one process."""
     alone = pp == dp == 1 and not sp and device != "cpu"
     return 1 if alone and gpu_count() == 1 else 2

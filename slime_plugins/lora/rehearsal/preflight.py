@@ -42,7 +42,8 @@ def prepare(given: Mapping[str, Any], progress: Callable[[str], None] = print) -
     options = {name: value for name, value in given.items() if name not in flags}
     _check_empty(given)
     if "tp" not in options:
-        tp = default_tp(*(options.get(name, default) for name, default in _WHERE.items()))
+        where = {name: options.get(name, getattr(Settings, name)) for name in ("device", "pp", "dp", "sp")}
+        tp = default_tp(**where)
         options["tp"] = tp
         if tp == 1:
             progress("one GPU on this machine: --tp 1")
@@ -59,10 +60,6 @@ def prepare(given: Mapping[str, Any], progress: Callable[[str], None] = print) -
     adapter_start.check_config(settings.lora, base)
     _check_task(settings, base, progress)
     return settings
-
-
-_WHERE = {name: getattr(Settings, name) for name in ("device", "pp", "dp", "sp")}
-"""Fields that decide how many processes there are, with their defaults, as ``default_tp`` takes them."""
 
 
 def _check_empty(given: Mapping[str, Any]) -> None:

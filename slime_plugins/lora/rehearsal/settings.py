@@ -18,8 +18,9 @@ MICRO_BATCH_TOKENS = 4096
 """Tokens, padding included, that one forward pass may hold unless ``--micro-batch-size`` says otherwise."""
 
 MAX_COUNT = 1_000_000_000
+"""Of anything; more is a slip of the finger."""
 MAX_PROCESSES = 64
-"""On one machine; more is a slip of the finger that would bring it down."""
+"""On one machine; more would bring it down."""
 
 _COUNTS = (
     *("tp", "pp", "dp", "vpp", "steps", "rollout_batch_size", "n_samples_per_prompt", "rollout_max_response_len"),
@@ -173,11 +174,11 @@ class Settings:
             if not 0 <= getattr(self, name) <= most:
                 raise UsageError(f"{flag(name)} {getattr(self, name)}: expected a whole number from 0 to {most:,}")
         for name in ("lr", "rollout_temperature", "eps_clip"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise UsageError(f"{flag(name)} {getattr(self, name)}: expected a number above 0")
+            if not 0 < getattr(self, name) <= MAX_COUNT:
+                raise UsageError(f"{flag(name)} {getattr(self, name)}: expected a number above 0, to {MAX_COUNT:,}")
         for name in ("kl_loss_coef", "weight_decay", "clip_grad"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise UsageError(f"{flag(name)} {getattr(self, name)}: expected a number of 0 or more")
+            if not 0 <= getattr(self, name) <= MAX_COUNT:
+                raise UsageError(f"{flag(name)} {getattr(self, name)}: expected a number from 0 to {MAX_COUNT:,}")
 
     def _check_parallel(self) -> None:
         if self.sp and self.tp == 1:
