@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 
+from slime_plugins.lora.arguments import lora_flags
 from slime_plugins.lora.cli.arguments import check_out, place
 
 NAME = "import"
@@ -38,16 +37,6 @@ def run(args: argparse.Namespace) -> int:
     path, manifest, compared = import_checkpoint(args.adapter, args.hf_checkpoint, args.out)
     print(f"{args.adapter}: adapters of {len(manifest.adapters)} linears")
     print(f"base compared: {compared}")
-    print(f"train on with: {_flags(manifest.config)}")
+    print(f"train on with: {lora_flags(manifest.config)}")
     print(path)
     return 0
-
-
-def _flags(config) -> str:
-    """The flags of a run whose adapters these are."""
-    flags = ["--lora-r", config.rank, "--lora-alpha", f"{config.alpha:g}", "--lora-layout", config.layout]
-    flags += ["--lora-target-modules", *config.target_modules] + ["--lora-rslora"] * config.use_rslora
-    for name in ("rank_pattern", "alpha_pattern"):
-        if getattr(config, name):
-            flags += [f"--lora-{name.replace('_', '-')}", json.dumps(getattr(config, name))]
-    return shlex.join(str(flag) for flag in flags)

@@ -12,14 +12,16 @@ import inspect
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from slime_plugins.lora.files.cache import cache_dir
 from slime_plugins.lora.rehearsal.task import DIGITS, ORDINALS, recall_prompts
 
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "words": ["<pad>", "<bos>", "<eos>", "<unk>", *DIGITS, *ORDINALS],
     "model": {"num_layers": 2, "hidden": 64, "num_heads": 4, "num_kv_heads": 2, "ffn": 128, "vocab_size": 32},
     "steps": 500,
@@ -30,14 +32,17 @@ RECIPE = {
 }
 
 
+_NAME = "recall-qwen3-"
+
+
 def builtin_checkpoint(progress: Callable[[str], None] = lambda line: None) -> tuple[Path, Path]:
     """Directory of the default base and its prompt file; made on first use, some 10 seconds.
 
     The cache key is the recipe and this module's code, so an edited recipe is never served from an old cache.
     """
-    code = inspect.getsource(inspect.getmodule(builtin_checkpoint)) + inspect.getsource(recall_prompts)
+    code = inspect.getsource(sys.modules[__name__]) + inspect.getsource(recall_prompts)
     key = hashlib.sha256((json.dumps(RECIPE, sort_keys=True) + code).encode()).hexdigest()[:12]
-    path = cache_dir() / f"recall-qwen3-{key}"
+    path = cache_dir() / f"{_NAME}{key}"
     if not path.is_dir():
         progress(f"making the built-in base (once, cached in {path}) ...")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +57,11 @@ def builtin_checkpoint(progress: Callable[[str], None] = lambda line: None) -> t
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return path, path / "prompts.jsonl"
+
+
+def is_builtin_file(path: str) -> bool:
+    """Is this, by its name, what ``builtin_checkpoint`` makes, here or on another machine?"""
+    return Path(path).parent.name.startswith(_NAME) and Path(path).name == "prompts.jsonl"
 
 
 @contextlib.contextmanager
