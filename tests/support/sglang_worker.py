@@ -7,6 +7,7 @@ and slicing are its own. Ours: a model of the same module names with layers that
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import types
@@ -118,6 +119,7 @@ def unpinned() -> Iterator[None]:
         torch.Tensor.pin_memory = plain
 
 
+@functools.cache
 def wheel_of(version: str, tp: int = 1, rank: int = 0) -> Wheel:
     """SGLang's LoRA modules, with what they need from the rest of it. Skips the test where there is no wheel."""
     wheel = Wheel(unpacked("sglang", version), "sglang", REAL)
