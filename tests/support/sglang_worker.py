@@ -6,6 +6,7 @@ and slicing are its own. Ours: a model of the same module names with layers that
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import json
@@ -124,7 +125,9 @@ def wheel_of(version: str, tp: int = 1, rank: int = 0) -> Wheel:
     """SGLang's LoRA modules, with what they need from the rest of it. Skips the test where there is no wheel."""
     wheel = Wheel(unpacked("sglang", version), "sglang", REAL)
     library("msgspec")
-    common = wheel.take("sglang.srt.utils.common", "ConcurrentCounter", "replace_submodule")
+    common = wheel.take(
+        "sglang.srt.utils.common", "ConcurrentCounter", "replace_submodule", asyncio=asyncio
+    )
     flag = types.SimpleNamespace(get=lambda: False)
     parallel = Quiet(
         tp_size=tp, tp_rank=rank, attn_tp_size=tp, attn_tp_rank=rank, attn_cp_size=1, attn_dp_enabled=False, dp_size=1,
@@ -239,7 +242,7 @@ class Worker:
 
     def served(self, name: str) -> dict[str, torch.Tensor]:
         """Hugging Face name -> scaling B A of this rank's shard, float32, out of the pool's buffers."""
-        uid = self.refs[name].lora_id
+        (uid,) = (ref.lora_id for ref in self.manager.lora_refs.values() if ref.lora_name == name)
         pool, adapter = self.manager.memory_pool, self.manager.loras[uid]
         slot = pool.uid_to_buffer_id[uid]
         found: dict[str, torch.Tensor] = {}
