@@ -290,8 +290,8 @@ class _Ours:
     _set_default_priority = _nothing
 
     def _init_req_state(self, obj: Any, request: Any = None) -> None:
-        for rid in [obj.rid] if obj.is_single else obj.rid:
-            self.rid_to_state[rid] = Quiet(obj=obj, lora_released=False, dispatched=False, prompt_token_ids=None)
+        for part in [obj] if obj.is_single else [obj[i] for i in range(len(obj.rid))]:
+            self.rid_to_state[part.rid] = Quiet(obj=part, lora_released=False, dispatched=False, prompt_token_ids=None)
 
     async def _tokenize_one_request(self, obj: Any) -> Any:
         if len(obj.input_ids) > LENGTH:
@@ -320,7 +320,6 @@ class _Ours:
             part = obj[i]
             await self._tokenize_one_request(part)
             self._send_one_request(part)
-            self.rid_to_state[part.rid].obj = part
             async for _ in self._wait_one_response(part):
                 pass
         yield []
