@@ -12,6 +12,7 @@ _HOOKS = {
     "flags": "launch",
     "validation": "launch",
     "model_provider": "launch",
+    "serving": "serving",
     "loading": "checkpoints",
     "saving": "checkpoints",
     "saving_hf": "checkpoints",

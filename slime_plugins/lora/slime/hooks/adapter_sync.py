@@ -1,18 +1,23 @@
 """``--lora-sync adapter``: the rollout engines keep the base they started with and get the adapter alone.
 
 Every sync is an adapter of a new name on every engine: engines that have joined or come back since get it too, and no
-cache answers for an older one. The version before it stays loaded, for requests under way, and goes with the next.
+cache answers for an older one (SGLang's loading into a name that is there already is not used for that reason). Older
+versions stay loaded, for requests under way, as long as ``refusals.versions_kept`` says.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import functools
 import logging
+import os
+import pickle
 import shutil
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +28,10 @@ from slime_plugins.lora.adapters import config_of, has_adapters, iter_adapters
 from slime_plugins.lora.ends.export import gather_projections
 from slime_plugins.lora.peft.directory import write_adapter
 from slime_plugins.lora.peft.form import to_peft
-from slime_plugins.lora.slime.hooks import merged_sync
+from slime_plugins.lora.slime.hooks import merged_sync, requests
 from slime_plugins.lora.slime.hooks.base_check import refuse_other_base
 from slime_plugins.lora.slime.hooks.policies import Policies
+from slime_plugins.lora.slime.hooks.refusals import versions_kept
 
 logger = logging.getLogger(__name__)
 
@@ -96,22 +102,18 @@ class AdapterUpdater:
             self._to_announce = None
 
     def _load(self, name: str, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        while len(self._loaded) > 1:
+        while len(self._loaded) >= versions_kept(self.args):
             old, engines = self._loaded.pop(0)
             # An engine that has been restarted since does not have it; one that has left is nobody's business.
             self._ask("unload_lora_adapter", {"lora_name": old}, [e for e in engines if e in self.rollout_engines])
-        where = None
-        if self.args.colocate and not self.args.lora_sync_dir:
-            endpoint, payload = "load_lora_adapter_from_tensors", tensor_payload(name, config, tensors, self.args)
-        else:
-            where = Path(self.args.lora_sync_dir) / name
-            write_adapter(where, config, tensors)
-            endpoint, payload = "load_lora_adapter", {"lora_name": name, "lora_path": str(where.resolve())}
         start = time.perf_counter()
-        self._ask(endpoint, payload, self.rollout_engines, loads=name)
-        self._ask("update_weight_version", {"new_version": str(self.weight_version)}, self.rollout_engines)
-        if where is not None:
-            shutil.rmtree(where)  # engines hold it in memory
+        with self._payload(name, config, tensors) as (endpoint, payload):
+            self._ask(endpoint, payload, self.rollout_engines, loads=name)
+        # SGLang would abort what runs; here older versions stay loaded for it.
+        version = {"new_version": str(self.weight_version), "abort_all_requests": False}
+        self._ask("update_weight_version", version, self.rollout_engines)
+        if not self.args.offload_rollout:  # else they cannot compute yet: the rollout does it
+            requests.prove(self.rollout_engines, name, self.args.lora_sync_timeout)
         logger.info(
             "LoRA: %s on %d engines in %.2f s (%s)",
             name,
@@ -122,17 +124,45 @@ class AdapterUpdater:
         self._loaded.append((name, self.rollout_engines))
         self._to_announce = name
 
-    def _ask(self, endpoint: str, payload: dict, engines: list, loads: str | None = None) -> None:
+    @contextlib.contextmanager
+    def _payload(self, name: str, config: dict, tensors: dict) -> Iterator[tuple[str, Any]]:
+        """Endpoint and body. Files go when the engines have answered: by then they hold the adapter in memory."""
+        folder = self.args.lora_sync_dir
+        if folder is None and self.args.colocate:
+            folder = memory_folder(tensors)
+        if folder is None:
+            import ray
+
+            body = tensor_payload(name, config, tensors, self.args)
+            tensors.clear()
+            yield "load_lora_adapter_from_tensors", ray.put(body)  # once, not once per engine
+            return
+        where = Path(folder) / name
+        try:
+            write_adapter(where, config, tensors)
+            self._after_writing(where)
+            yield "load_lora_adapter", {"lora_name": name, "lora_path": str(where.resolve())}
+        finally:
+            shutil.rmtree(where, ignore_errors=True)
+
+    def _after_writing(self, where: Path) -> None:
+        """slime's hook for shared file systems where a written file is not there for others until it is published."""
+        path = getattr(self.args, "custom_update_weight_post_write_path", None)
+        if path:
+            from slime.utils.misc import load_function
+
+            load_function(path)(self.args, str(where), list(self.rollout_engines))
+
+    def _ask(self, endpoint: str, payload: Any, engines: list, loads: str | None = None) -> None:
         """Post to engines and check what each says.
 
         Raises:
-            RuntimeError: naming the engine and its answer.
+            RuntimeError: naming the engine, the endpoint and the answer, or that there was none.
         """
-        import ray
-
         answers = [engine._make_request.remote(endpoint, payload) for engine in engines]
         for i, answer in enumerate(answers):
-            check_answer(f"engine {i} of {len(engines)}, {endpoint}", ray.get(answer), loads)
+            who = f"engine {i} of {len(engines)}, {endpoint}"
+            check_answer(who, requests.answer_of(who, answer, self.args.lora_sync_timeout), loads)
 
 
 def check_answer(who: str, answer: Any, loads: str | None = None) -> None:
@@ -148,17 +178,35 @@ def check_answer(who: str, answer: Any, loads: str | None = None) -> None:
         raise RuntimeError(f"{who}: {loads} is not among the loaded adapters {sorted(loaded)}")
 
 
+def memory_folder(tensors: dict[str, torch.Tensor]) -> str | None:
+    """A folder in memory that every engine of a job on one machine can read; None where there is none, or no room.
+
+    Colocated engines then read the adapter as files out of memory, instead of gigabytes of JSON per engine.
+    """
+    import ray
+
+    folder = Path("/dev/shm")
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    if sum(node["Alive"] for node in ray.nodes()) != 1 or not os.access(folder, os.W_OK):
+        return None
+    return str(folder) if shutil.disk_usage(folder).free > 2 * size else None
+
+
 def tensor_payload(name: str, config: dict, tensors: dict[str, torch.Tensor], args) -> dict[str, Any]:
     """Body of a ``load_lora_adapter_from_tensors`` request, in the form that the installed SGLang reads.
 
-    SGLang up to 0.5.15 reads one payload on every tensor-parallel rank, later ones a payload per rank.
+    All tensors in one, as SGLang's own weight updates have them: pickled with its contents, which any number of
+    processes may read, by names that its unpickler lets through. SGLang up to 0.5.15 reads one payload on every
+    tensor-parallel rank, later ones a payload per rank.
     """
     from sglang.srt.managers import io_struct
-    from slime.backends.megatron_utils.sglang import MultiprocessingSerializer
+    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
-    data = MultiprocessingSerializer.serialize(_ByValue(tensors), output_str=True)
+    bucket = FlattenedTensorBucket(named_tensors=[(key, tensor.contiguous()) for key, tensor in tensors.items()])
+    flat = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
+    data = base64.b64encode(pickle.dumps(flat)).decode()
     request = getattr(io_struct, "LoadLoRAAdapterFromTensorsReqInput", None)
-    body: dict[str, Any] = {"lora_name": name, "config_dict": config}
+    body: dict[str, Any] = {"lora_name": name, "config_dict": config, "load_format": "flattened_bucket"}
     if "serialized_named_tensors" in _fields(request):
         body["serialized_named_tensors"] = [data] * args.sglang_tp_size
     else:
@@ -170,24 +218,6 @@ def _fields(cls) -> list[str]:
     if dataclasses.is_dataclass(cls):
         return [field.name for field in dataclasses.fields(cls)]
     return list(getattr(cls, "__struct_fields__", ()) or getattr(cls, "__annotations__", ()))
-
-
-class _ByValue:
-    """Tensors that are pickled with their contents.
-
-    The default, a handle to shared memory, can be opened once and by children of one parent; here several engine
-    processes read the same bytes.
-    """
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.tensors = tensors
-
-    def __reduce__(self):
-        import io
-
-        buffer = io.BytesIO()
-        torch.save(self.tensors, buffer)
-        return torch.storage._load_from_bytes, (buffer.getvalue(),)
 
 
 def _raise_everywhere(problem: str | None) -> None:

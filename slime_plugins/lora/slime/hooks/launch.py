@@ -10,16 +10,16 @@ from pathlib import Path
 from slime_plugins.lora.arguments import add_lora_arguments, validate_lora_args
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.names import LINEARS, hf_names
 from slime_plugins.lora.slime.hooks.paths import TRACKER, adapter_step_dir, step_dir
+from slime_plugins.lora.slime.hooks.refusals import Launch, refused
+from slime_plugins.lora.slime.hooks.serving import serve_adapters
 
 logger = logging.getLogger(__name__)
 
-SLIME_FLAGS = ("lora_sync", "lora_sync_dir", "lora_adapter_path", "lora_export_dir", "lora_critic", "lora_save_merged")
-SGLANG_LORAS_PER_BATCH = 8
-"""SGLang's default for --max-loras-per-batch: GPU memory for that many adapters."""
-LORAS_IN_FLIGHT = 3
-"""The current adapter, the one that requests under way still name, and none (the base)."""
+SLIME_FLAGS = (
+    "lora_sync", "lora_sync_dir", "lora_sync_lag", "lora_sync_timeout", "lora_adapter_path", "lora_export_dir",
+    "lora_critic", "lora_save_merged",
+)  # fmt: skip
 
 
 def flags(get_provider):
@@ -61,6 +61,21 @@ def _add_slime_only(parser: ArgumentParser) -> None:
         metavar="DIR",
         help="--lora-sync adapter without --colocate: a directory that trainer and engines share "
         "(default: --update-weight-disk-dir)",
+    )
+    add(
+        "--lora-sync-lag",
+        type=int,
+        default=None,
+        metavar="N",
+        help="--lora-sync adapter: syncs that a request may live through; that many older versions stay loaded "
+        "(default: --max-policy-version-lag where slime has it, else 1)",
+    )
+    add(
+        "--lora-sync-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="--lora-sync adapter: how long an engine may take to answer one request of a sync (default: %(default)g)",
     )
     add(
         "--lora-adapter-path",
@@ -112,123 +127,14 @@ def validate_in_slime(args: Namespace) -> None:
     elif args.lora_adapter_path is not None:
         logger.warning("LoRA: --load %s is resumed; --lora-adapter-path is not read", args.load)
     if args.lora_sync == "adapter" and not args.debug_train_only:
-        _serve_adapters(args)
+        serve_adapters(args)
 
 
 def _refuse(args: Namespace) -> None:
-    bridge = getattr(args, "megatron_to_hf_mode", "raw") == "bridge"
-    adapter_sync = args.lora_sync == "adapter"
-    transport = getattr(args, "update_weight_transport", None)
-    for wrong, reason in (
-        (
-            not args.lora_only_trainable,
-            "--no-lora-only-trainable trains the base, which slime's reference policy and checkpoints take to be "
-            "frozen; train without --use-lora, or drop it",
-        ),
-        (
-            getattr(args, "only_train_params_name_list", None) or getattr(args, "freeze_params_name_list", None),
-            "--only-train-params-name-list and --freeze-params-name-list choose what trains, and so does --use-lora; "
-            "choose linears with --lora-target-modules and --lora-exclude-modules instead",
-        ),
-        (
-            getattr(args, "enable_mtp_training", False),
-            "--enable-mtp-training trains the MTP layers, which --use-lora freezes with the base; drop one of them",
-        ),
-        (
-            getattr(args, "fp8_param_gather", False),
-            "--fp8-param-gather keeps the weights in FP8, into which no adapter can be merged; drop it",
-        ),
-        (
-            bridge,
-            "--megatron-to-hf-mode bridge reads the live weights behind slime's back; use --megatron-to-hf-mode raw",
-        ),
-        (
-            getattr(args, "init_model_with_meta_device", False),
-            "--init-model-with-meta-device builds weights after the adapters have been initialised; drop it",
-        ),
-        (
-            (getattr(args, "optimizer_cpu_offload", False) or getattr(args, "use_precision_aware_optimizer", False))
-            and not args.no_save_optim,
-            "--optimizer-cpu-offload and --use-precision-aware-optimizer save memory that an adapter's optimizer does "
-            "not take, and its checkpoint cannot hold their state; drop them, or add --no-save-optim",
-        ),
-        (
-            args.use_critic
-            and getattr(args, "save", None)
-            and not (getattr(args, "megatron_config_path", None) or getattr(args, "critic_save", None)),
-            "the critic would save its model into the actor's --save; give it one of its own: --megatron-config-path "
-            "(role: critic, overrides: {load: ..., save: ...}; before slime v0.3.0: --critic-load, --critic-save)",
-        ),
-        (
-            args.lora_critic and not args.use_critic,
-            "--lora-critic without a critic; it goes with --advantage-estimator ppo",
-        ),
-        (
-            adapter_sync and getattr(args, "update_weight_mode", "full") == "delta",
-            "--update-weight-mode delta sends weights, --lora-sync adapter does not; use --lora-sync merged",
-        ),
-        (
-            adapter_sync and getattr(args, "release_train", False),
-            "--release-train hands whole checkpoints to the engines; use --lora-sync merged",
-        ),
-        (
-            adapter_sync and transport == "disk" and args.colocate,
-            "--lora-sync adapter with --colocate sends tensors; drop --update-weight-transport disk",
-        ),
-    ):
-        if wrong:
-            raise UsageError(reason)
+    for row in refused(Launch(args)):
+        raise UsageError(row.reason)
     if args.lora_save_merged and args.save_hf is None:
         raise UsageError("--lora-save-merged says what --save-hf writes; give --save-hf too")
-
-
-def _serve_adapters(args: Namespace) -> None:
-    """Set SGLang's LoRA arguments from the LoRA flags."""
-    if not hasattr(args, "sglang_enable_lora"):
-        raise UsageError("--lora-sync adapter: this SGLang has no --enable-lora; use --lora-sync merged")
-    config = LoRAConfig.from_args(args)
-    rank = max([config.rank, *config.rank_pattern.values()])
-    if args.sglang_max_lora_rank is not None and args.sglang_max_lora_rank < rank:
-        raise UsageError(f"--sglang-max-lora-rank is {args.sglang_max_lora_rank}, but the adapter has rank {rank}")
-    args.sglang_enable_lora = True
-    args.sglang_max_lora_rank = args.sglang_max_lora_rank or rank
-    args.sglang_lora_target_modules = args.sglang_lora_target_modules or projections(config, args)
-    if getattr(args, "sglang_max_loras_per_batch", None) == SGLANG_LORAS_PER_BATCH:
-        args.sglang_max_loras_per_batch = LORAS_IN_FLIGHT
-    if args.offload_rollout:
-        # The engines forget their weights while they are offloaded, and this sync does not bring the base again.
-        if not hasattr(args, "sglang_enable_weights_cpu_backup"):
-            raise UsageError(
-                "--lora-sync adapter with --offload-rollout needs an SGLang with --enable-weights-cpu-backup, or the "
-                "engines lose their base; use --no-offload-rollout or --lora-sync merged"
-            )
-        args.sglang_enable_weights_cpu_backup = True
-    if not args.colocate:
-        args.lora_sync_dir = args.lora_sync_dir or getattr(args, "update_weight_disk_dir", None)
-        if not args.lora_sync_dir:
-            raise UsageError(
-                "--lora-sync adapter without --colocate passes the adapter through files: give --lora-sync-dir, a "
-                "directory that trainer and engines share"
-            )
-    if getattr(args, "update_weight_transport", None) == "disk":
-        args.update_weight_transport = "nccl"  # or slime's train group would wait for a whole checkpoint on disk
-
-
-def projections(config: LoRAConfig, args: Namespace) -> list[str]:
-    """Hugging Face leaves that an adapter touches, in the table's order: what SGLang must make room for."""
-    from slime_plugins.lora.targets import Targets
-
-    mla = getattr(args, "multi_latent_attention", False)
-    targets = Targets(config.target_modules, config.exclude_modules)
-    found = {}
-    for path, record in LINEARS.items():
-        if record.mla not in (None, bool(mla)):
-            continue
-        for layer in range(args.num_layers):
-            name = f"decoder.layers.{layer}.{path}"
-            for part in targets.parts_of(name):
-                found[hf_names(name)[part].rsplit(".", 1)[-1]] = None
-    return list(found)
 
 
 def model_provider(get_provider):

@@ -1,0 +1,1 @@
+"""What runs inside the engines' server processes, where neither slime nor Megatron is. Stdlib only."""

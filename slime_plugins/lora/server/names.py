@@ -1,0 +1,10 @@
+"""Names that the trainer and the engines agree on."""
+
+from __future__ import annotations
+
+BASE = "slime-lora-base"
+"""``lora_path`` of a request that means the base, without the adapter."""
+MARK = "slime-lora"
+"""``--weight-version`` that an engine of ``--lora-sync adapter`` starts with: what tells it to fail closed."""
+PREFIX = "slime-"
+"""What the names of the trainer's adapters begin with."""

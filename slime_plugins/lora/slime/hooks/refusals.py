@@ -1,0 +1,402 @@
+"""What cannot work together, known at launch: one row per combination, with the reason and the way out. No torch.
+
+A row holds where reading or running the other side's code showed wrong weights, a hang, or a failure after minutes.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+from slime_plugins.lora.config import LoRAConfig
+from slime_plugins.lora.names import LINEARS, Linear, hf_names
+from slime_plugins.lora.slime.hooks.paths import adapter_step_dir
+from slime_plugins.lora.targets import Targets
+
+_QKV, _FC1 = "self_attention.linear_qkv", "linear_fc1"
+_ROUTER = "mlp.router"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launch is: slime's arguments, the SGLang that is installed here, the base's ``config.json``."""
+
+    args: Namespace
+    sglang: Version | None = field(default_factory=lambda: installed_sglang())
+
+    def given(self, name: str) -> Any:
+        """An argument of slime's; None where this slime has none of that name."""
+        return getattr(self.args, name, None)
+
+    @property
+    def adapter_sync(self) -> bool:
+        """Is the adapter alone sent to engines that run?"""
+        return self.given("lora_sync") == "adapter" and not self.given("debug_train_only")
+
+    @cached_property
+    def base(self) -> dict[str, Any]:
+        """The base's Hugging Face config, the text model's where it has several; empty where there is none to read."""
+        file = Path(self.given("hf_checkpoint") or "") / "config.json"
+        try:
+            config = json.loads(file.read_text())
+        except (OSError, ValueError):
+            return {}
+        return config | (config.get("text_config") or {})
+
+    @cached_property
+    def adapted(self) -> dict[str, set[str]]:
+        """Path in a layer -> Hugging Face leaves that get adapters, the smallest set of any layer that gets some."""
+        found: dict[str, set[str]] = {}
+        for _, path, leaves in adapted_linears(self.args):
+            found[path] = found[path] & leaves if path in found else leaves
+        return found
+
+    @property
+    def moe(self) -> bool:
+        """Are routed experts adapted?"""
+        return any(path.startswith("mlp.experts.") for path in self.adapted)
+
+    @property
+    def shared(self) -> bool:
+        """Are shared experts adapted?"""
+        return any(path.startswith("mlp.shared_experts.") for path in self.adapted)
+
+
+def installed_sglang() -> Version | None:
+    """The version that is installed on this machine; engines elsewhere are taken to have the same."""
+    try:
+        return Version(version("sglang"))
+    except PackageNotFoundError:
+        return None
+
+
+def adapted_linears(args: Namespace) -> Iterator[tuple[int, str, set[str]]]:
+    """(layer, path in the layer, Hugging Face leaves) of every linear of this model that gets an adapter."""
+    config = LoRAConfig.from_args(args)
+    targets = Targets(config.target_modules, config.exclude_modules)
+    for path, linear in LINEARS.items():
+        if not _in_model(linear, args):
+            continue
+        for layer in range(args.num_layers):
+            name = f"decoder.layers.{layer}.{path}"
+            leaves = {hf_names(name)[part].rsplit(".", 1)[-1] for part in targets.parts_of(name)}
+            if leaves:
+                yield layer, path, leaves
+
+
+def _in_model(linear: Linear, args: Namespace) -> bool:
+    """Can this model have such a linear? Dense layers of a model with experts cannot be told from its flags."""
+    path, mla = linear.path, bool(getattr(args, "multi_latent_attention", False))
+    if linear.mla is not None and linear.mla is not mla:
+        return False
+    if linear.mla:
+        has_q_rank = bool(getattr(args, "q_lora_rank", None))
+        direct = path.endswith("linear_q_proj")
+        low_rank = path.endswith(("linear_q_down_proj", "linear_q_up_proj"))
+        return not (direct and has_q_rank) and not (low_rank and not has_q_rank)
+    if linear.is_expert or path == _ROUTER:
+        return bool(getattr(args, "num_experts", None))
+    if path.startswith("mlp.shared_experts."):
+        return bool(getattr(args, "moe_shared_expert_intermediate_size", None))
+    return True
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One combination that cannot work."""
+
+    name: str
+    when: Callable[[Launch], Any]
+    reason: str
+    """One line: what, why, the way out."""
+
+
+def refused(launch: Launch) -> list[Refusal]:
+    """Every row that holds for this launch."""
+    rows = (*TRAINING, *ADAPTER_SYNC) if launch.adapter_sync else TRAINING
+    return [row for row in rows if row.when(launch)]
+
+
+def _resumes(launch: Launch) -> bool:
+    load = launch.given("load")
+    return load is not None and adapter_step_dir(load, launch.given("ckpt_step")) is not None
+
+
+def _linear_attention(launch: Launch) -> bool:
+    kinds = launch.base.get("layer_types") or ()
+    return "linear_attention" in kinds or bool(launch.base.get("linear_num_key_heads"))
+
+
+def _cuda_graphs(launch: Launch) -> bool:
+    impl = launch.given("cuda_graph_impl")
+    return bool(launch.given("enable_cuda_graph") or launch.given("external_cuda_graph") or impl not in (None, "none"))
+
+
+TRAINING = (
+    Refusal(
+        "base trains",
+        lambda launch: not launch.given("lora_only_trainable"),
+        "--no-lora-only-trainable trains the base, which slime's reference policy and checkpoints take to be "
+        "frozen; train without --use-lora, or drop it",
+    ),
+    Refusal(
+        "slime's choice of parameters",
+        lambda launch: launch.given("only_train_params_name_list") or launch.given("freeze_params_name_list"),
+        "--only-train-params-name-list and --freeze-params-name-list choose what trains, and so does --use-lora; "
+        "choose linears with --lora-target-modules and --lora-exclude-modules instead",
+    ),
+    Refusal(
+        "MTP training",
+        lambda launch: launch.given("enable_mtp_training"),
+        "--enable-mtp-training trains the MTP layers, which --use-lora freezes with the base; drop one of them",
+    ),
+    Refusal(
+        "FP8 parameters",
+        lambda launch: launch.given("fp8_param_gather"),
+        "--fp8-param-gather keeps the weights in FP8, into which no adapter can be merged; drop it",
+    ),
+    Refusal(
+        "bridge",
+        lambda launch: launch.given("megatron_to_hf_mode") == "bridge",
+        "--megatron-to-hf-mode bridge reads the live weights behind slime's back; use --megatron-to-hf-mode raw",
+    ),
+    Refusal(
+        "meta device",
+        lambda launch: launch.given("init_model_with_meta_device"),
+        "--init-model-with-meta-device builds weights after the adapters have been initialised; drop it",
+    ),
+    Refusal(
+        "optimizer that no checkpoint holds",
+        lambda launch: (
+            (launch.given("optimizer_cpu_offload") or launch.given("use_precision_aware_optimizer"))
+            and not launch.given("no_save_optim")
+        ),
+        "--optimizer-cpu-offload and --use-precision-aware-optimizer save memory that an adapter's optimizer does "
+        "not take, and its checkpoint cannot hold their state; drop them, or add --no-save-optim",
+    ),
+    Refusal(
+        "critic saves over the actor",
+        lambda launch: (
+            launch.given("use_critic")
+            and launch.given("save")
+            and not (launch.given("megatron_config_path") or launch.given("critic_save"))
+        ),
+        "the critic would save its model into the actor's --save; give it one of its own: --megatron-config-path "
+        "(role: critic, overrides: {load: ..., save: ...}; before slime v0.3.0: --critic-load, --critic-save)",
+    ),
+    Refusal(
+        "critic's adapters without a critic",
+        lambda launch: launch.given("lora_critic") and not launch.given("use_critic"),
+        "--lora-critic without a critic; it goes with --advantage-estimator ppo",
+    ),
+    Refusal(
+        "router bias",
+        lambda launch: launch.given("moe_router_enable_expert_bias") and launch.given("moe_router_bias_update_rate"),
+        "--moe-router-bias-update-rate above 0 moves the router's expert bias, which is part of the frozen base: it is "
+        "in no checkpoint of adapters and the reference drifts with it; set --moe-router-bias-update-rate 0",
+    ),
+    Refusal(
+        "delta sync from an adapter",
+        lambda launch: (
+            launch.given("update_weight_mode") == "delta"
+            and not launch.given("debug_train_only")
+            and (_resumes(launch) or launch.given("lora_adapter_path"))
+        ),
+        "--update-weight-mode delta sends nothing at the first sync, so a run that starts from an adapter (--load, "
+        "--lora-adapter-path) would roll out its first batch on the base; use --update-weight-mode full",
+    ),
+    Refusal(
+        "op fuser",
+        lambda launch: launch.given("use_transformer_engine_op_fuser"),
+        "--use-transformer-engine-op-fuser computes MLPs from the weights alone and never calls the adapters; drop it",
+    ),
+    Refusal(
+        "shared experts' overlap",
+        lambda launch: launch.given("moe_shared_expert_overlap") and launch.shared,
+        "--moe-shared-expert-overlap takes the shared experts' linears apart, past their adapters; drop it, or exclude "
+        "them with --lora-exclude-modules shared_experts.linear_fc1 shared_experts.linear_fc2",
+    ),
+    Refusal(
+        "linear attention over context parallelism",
+        lambda launch: (launch.given("context_parallel_size") or 1) > 1 and _linear_attention(launch),
+        "--context-parallel-size above 1 on a base with linear attention: slime's gather drops the gradients that cross "
+        "chunks, and every adapter below such a layer trains on wrong ones; use --context-parallel-size 1",
+    ),
+    Refusal(
+        "deepgemm",
+        lambda launch: (
+            launch.given("megatron_deepgemm_forward_layers") or launch.given("megatron_deepgemm_moe_forward_layers")
+        ),
+        "--megatron-deepgemm-forward-layers and --megatron-deepgemm-moe-forward-layers replace forwards of exact "
+        "classes, past the adapters; drop them",
+    ),
+    Refusal(
+        "delayed weight gradients",
+        lambda launch: launch.given("delay_wgrad_compute"),
+        '--delay-wgrad-compute queues weight gradients that a frozen base never has ("Pop empty queue" in the first '
+        "backward); drop it",
+    ),
+    Refusal(
+        "CUDA graphs",
+        _cuda_graphs,
+        "--enable-cuda-graph, --external-cuda-graph and --cuda-graph-impl replay what was captured, so the adapters "
+        "cannot be switched off for the reference or a teacher; drop them",
+    ),
+)
+"""Of every run with ``--use-lora``."""
+
+
+def _version_below(launch: Launch, number: str) -> bool:
+    """SGLang is older, or there is none here to ask: then it is taken for the one that slime pins."""
+    return launch.sglang is None or launch.sglang < Version(number)
+
+
+def _leaves(launch: Launch, path: str) -> set[str]:
+    return launch.adapted.get(path, set())
+
+
+def _half_qkv(launch: Launch) -> bool:
+    return bool(_leaves(launch, _QKV)) and not _leaves(launch, _QKV) >= {"q_proj", "v_proj"}
+
+
+def _up_without_gate(launch: Launch) -> bool:
+    return any(leaves == {"up_proj"} for path, leaves in launch.adapted.items() if path.endswith(_FC1))
+
+
+def _mla_down(launch: Launch) -> set[str]:
+    return _leaves(launch, "self_attention.linear_q_down_proj") | _leaves(launch, "self_attention.linear_kv_down_proj")
+
+
+ADAPTER_SYNC = (
+    Refusal(
+        "delta",
+        lambda launch: launch.given("update_weight_mode") == "delta",
+        "--update-weight-mode delta sends weights, --lora-sync adapter does not; use --lora-sync merged",
+    ),
+    Refusal(
+        "release train",
+        lambda launch: launch.given("release_train"),
+        "--release-train hands whole checkpoints to the engines; use --lora-sync merged",
+    ),
+    Refusal(
+        "disk and colocate",
+        lambda launch: launch.given("update_weight_transport") == "disk" and launch.given("colocate"),
+        "--lora-sync adapter with --colocate sends tensors; drop --update-weight-transport disk",
+    ),
+    Refusal(
+        "weight check",
+        lambda launch: launch.given("check_weight_update_equal"),
+        "--check-weight-update-equal overwrites the engines' weights and waits for a sync to restore them, which "
+        "--lora-sync adapter does not; drop it, or use --lora-sync merged",
+    ),
+    Refusal(
+        "data-parallel engines",
+        lambda launch: (launch.given("sglang_dp_size") or 1) > 1 or launch.given("sglang_enable_dp_attention"),
+        "--sglang-dp-size above 1 and --sglang-enable-dp-attention: SGLang loads adapters into engines of one "
+        "data-parallel rank alone; use more engines (--rollout-num-gpus-per-engine), or --lora-sync merged",
+    ),
+    Refusal(
+        "speculative decoding",
+        lambda launch: launch.given("sglang_speculative_algorithm") not in (None, "NGRAM"),
+        "--sglang-speculative-algorithm: SGLang serves adapters with NGRAM alone; drop it, or use --lora-sync merged",
+    ),
+    Refusal(
+        "tokenizer workers",
+        lambda launch: (launch.given("sglang_tokenizer_worker_num") or 1) > 1,
+        "--sglang-tokenizer-worker-num above 1: every worker keeps a list of adapters of its own, and a load reaches "
+        "one; drop it, or use --lora-sync merged",
+    ),
+    Refusal(
+        "MoE runner",
+        lambda launch: launch.moe and launch.given("sglang_moe_runner_backend") not in (None, "auto", "triton"),
+        "--sglang-moe-runner-backend: adapters of experts are served by SGLang's triton runner; use triton, leave the "
+        "experts out (--lora-exclude-modules experts.linear_fc1 experts.linear_fc2), or use --lora-sync merged",
+    ),
+    Refusal(
+        "expert all-to-all",
+        lambda launch: launch.moe and launch.given("sglang_moe_a2a_backend") not in (None, "none"),
+        "--sglang-moe-a2a-backend brings an expert runner of its own, which serves no adapters; drop it, leave the "
+        "experts out (--lora-exclude-modules experts.linear_fc1 experts.linear_fc2), or use --lora-sync merged",
+    ),
+    Refusal(
+        "evicted adapters",
+        lambda launch: (
+            launch.given("sglang_max_loaded_loras") is not None
+            and launch.given("sglang_max_loaded_loras") < versions_kept(launch.args)
+        ),
+        "--sglang-max-loaded-loras is below the number of versions that a sync keeps loaded, so SGLang would drop one "
+        "and look for its files later; drop the flag",
+    ),
+    Refusal(
+        "router",
+        lambda launch: _ROUTER in launch.adapted,
+        "SGLang serves no adapter of the router; leave it out of --lora-target-modules, or use --lora-sync merged",
+    ),
+    Refusal(
+        "part of q, k, v",
+        _half_qkv,
+        "SGLang stacks q, k and v and takes an adapter of q_proj and v_proj at least; target linear_qkv, or both, or "
+        "use --lora-sync merged",
+    ),
+    Refusal(
+        "up without gate",
+        _up_without_gate,
+        "SGLang stacks gate and up and takes no adapter of up_proj alone; target linear_fc1, or use --lora-sync merged",
+    ),
+    Refusal(
+        "part of the latent down-projections",
+        lambda launch: len(_mla_down(launch)) == 1 and launch.given("q_lora_rank"),
+        "SGLang fuses q_a_proj and kv_a_proj_with_mqa and takes an adapter of both or of neither; target both "
+        "(linear_q_down_proj linear_kv_down_proj), or use --lora-sync merged",
+    ),
+    Refusal(
+        "latent attention without a low-rank query",
+        lambda launch: (
+            launch.given("multi_latent_attention")
+            and not launch.given("q_lora_rank")
+            and (_mla_down(launch) or _leaves(launch, "self_attention.linear_q_proj"))
+        ),
+        "this base has latent attention without q_lora_rank, for which SGLang has no adapters of q_proj and "
+        "kv_a_proj_with_mqa: leave them out (--lora-exclude-modules linear_q_proj linear_kv_down_proj), or use "
+        "--lora-sync merged",
+    ),
+    Refusal(
+        "shared experts sized as dense ones",
+        lambda launch: (
+            launch.base.get("model_type") in ("qwen2_moe", "qwen3_next")
+            and (launch.shared or launch.moe)
+            and _version_below(launch, "0.5.23")
+        ),
+        "this SGLang sizes the shared expert of Qwen2-MoE and Qwen3-Next by the wrong width and dies at its start; "
+        "adapt attention alone (--lora-target-modules linear_qkv linear_proj), take SGLang 0.5.23 or newer, or use "
+        "--lora-sync merged",
+    ),
+    Refusal(
+        "gated attention",
+        lambda launch: launch.base.get("model_type") == "qwen3_next" and _leaves(launch, _QKV),
+        "SGLang makes no room for the gate in Qwen3-Next's q_proj; leave it out (--lora-exclude-modules linear_qkv), "
+        "or use --lora-sync merged",
+    ),
+)
+"""Of ``--lora-sync adapter``: what SGLang would refuse, drop or die of."""
+
+
+def versions_kept(args: Namespace) -> int:
+    """Adapter versions on an engine at a time: the current one and those that requests under way may still name.
+
+    A rollout of slime's names the adapter with every request, and a sync waits for the rollout under way, with
+    ``--partial-rollout`` too; one version back covers requests that overlap a sync. A rollout function that keeps
+    requests running over more syncs says so with ``--lora-sync-lag``.
+    """
+    lag = getattr(args, "lora_sync_lag", None)
+    if lag is None:
+        lag = getattr(args, "max_policy_version_lag", None)  # slime's own name for it, where it has one
+    return 1 + max(1 if lag is None else lag, 1)
