@@ -151,3 +151,23 @@ def test_names_of_a_model_that_sees_images_are_imported(tmp_path, capsys):
     before, after = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("adapter", "back"))
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     shutil.rmtree(tmp_path / "back")
+
+
+def test_an_import_hashes_every_tensor_once(tmp_path, capsys, monkeypatch):
+    """And reads it no more than three times: the checks, the comparison of the As, the values."""
+    from slime_plugins.lora.files.safetensors import Stored
+    from slime_plugins.lora.peft import directory
+
+    base = make_tiny(tmp_path / "base", tokenizer=False)
+    adapter_for(base, tmp_path / "adapter", noted=base)
+    hashed, read = [], []
+    digest, bytes_ = directory.digest, Stored.bytes
+    monkeypatch.setattr(directory, "digest", lambda tensor: hashed.append(tensor) or digest(tensor))
+    monkeypatch.setattr(Stored, "bytes", lambda stored, *span: read.append(stored) or bytes_(stored, *span))
+    argv = ["--hf-checkpoint", base, "--out", tmp_path / "run"]
+    assert run(capsys, "import", "--adapter", tmp_path / "adapter", *argv)[0] == 0
+    of_adapter = [stored for stored in read if stored.file.name == "adapter_model.safetensors"]
+    weights = BaseCheckpoint(base).weights
+    of_base = [stored for stored in read if stored.file.name == "model.safetensors"]
+    assert len(hashed) == 4 and max(map(of_adapter.count, of_adapter)) <= 3
+    assert len(of_base) == 2 * len(weights)  # the sample that the adapter notes, and all of it

@@ -36,7 +36,7 @@ from slime_plugins.lora.cli import main
 
 PATIENCE = 10.0
 COLUMNS = ("refused", "equal", "taken", "wrong", "traceback", "hang")
-"""``taken``: only of forged input, whose own checksums fit what it says."""
+"""``taken``: of forged input, whose own checksums fit what it says, and of what docs/ name as not seen."""
 
 
 class Hang(BaseException):
@@ -73,13 +73,18 @@ def fuzz(kind: inputs.Kind, cases: int, seed: int, work: Path) -> Outcome:
         spent = time.perf_counter() - start
         outcome.seconds, outcome.slowest = outcome.seconds + spent, max(outcome.slowest, spent)
         if word == "done":
-            word = "equal" if detail == expected[1] else "taken" if kind.forged else "wrong"
+            word = "equal" if detail == expected[1] else "taken" if kind.forged or _not_seen(kind, how) else "wrong"
             detail = "another result, exit code 0"
         outcome.counts[word] += 1
         if word in ("wrong", "traceback", "hang"):
             outcome.failures.append(f"{kind.name}, seed {seed}, case {number}: {how}: {word}: {detail}")
         shutil.rmtree(place)
     return outcome
+
+
+def _not_seen(kind: inputs.Kind, how: str) -> bool:
+    """Stage 3 keeps its masters once, and no file says which rank's it is: docs/convert-zero.md."""
+    return kind.name.startswith("ZeRO-3") and how.startswith("swap") and how.count("optim_states") == 2
 
 
 def run_once(kind: inputs.Kind, damaged: Path, place: Path) -> tuple[str, Any]:

@@ -349,3 +349,19 @@ def test_bin_adapters_are_verified(tmp_path, base):
     shutil.copy(directory / "adapter_config.json", directory / "adapter_model.bin")
     (problem,) = verify_adapter(directory, base).problems
     assert "not a whole torch.save file" in problem.message
+
+
+def test_warnings_are_shortened_as_problems_are(tmp_path, capsys):
+    """Experts that no token was routed to: thousands of them in a large model."""
+    linears = {f"model.layers.{n}.mlp.experts.{e}.up_proj": (6, 8) for n in range(2) for e in range(40)}
+    config, tensors = adapter_dirs.adapter(linears)
+    for name in list(linears)[:70]:
+        tensors[key_of(name, "B")].zero_()
+    write_adapter(tmp_path / "a", config, tensors)
+    assert main(["verify", str(tmp_path / "a")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("was never trained" in line for line in lines) == 8
+    assert f"{'warning':<13} 62 more of the kind 'untrained'; --json lists them all" in lines
+    assert main(["verify", str(tmp_path / "a"), "--json"]) == 0
+    warnings = json.loads(capsys.readouterr().out)["warnings"]
+    assert len(warnings) == 70 and all(isinstance(warning, str) for warning in warnings)

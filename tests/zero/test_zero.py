@@ -519,7 +519,7 @@ def test_command_line(tmp_path, capsys):
     assert "give --force" in capsys.readouterr().err
     assert main(["convert-zero", str(tmp_path / "c"), "--out", out, "--force", "--dtype", "bfloat16"]) == 0
     assert main(["convert-zero", str(tmp_path / "c"), "--out", str(tmp_path / "c"), "--force"]) == 2
-    assert "is the checkpoint itself" in capsys.readouterr().err
+    assert "is what CHECKPOINT_DIR names, which is read" in capsys.readouterr().err
     assert main(["convert-zero", str(tmp_path / "nowhere"), "--out", str(tmp_path / "o")]) == 2
     (tmp_path / "empty").mkdir()
     assert main(["convert-zero", str(tmp_path / "empty"), "--out", str(tmp_path / "o")]) == 2

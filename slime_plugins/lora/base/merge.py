@@ -104,7 +104,7 @@ def _merge_file(
         if name in updates:
             _copy(source, target, weight.start - source.tell())
             merged = merge_weight(weight.read(), updates[name], rounding)
-            target.write(merged.contiguous().reshape(-1).view(torch.uint8).numpy())
+            target.write(merged.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             source.seek(weight.end)
     _copy(source, target, None)
 

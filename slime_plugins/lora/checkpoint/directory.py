@@ -72,7 +72,8 @@ def list_published(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     found = [p for p in root.iterdir() if _NAME.fullmatch(p.name) and (p / ADAPTER_JSON).is_file()]
-    return sorted(found, key=lambda p: -1 if p.name == _RELEASE else _step(p))
+    steps = {p: _step(p) for p in found}
+    return sorted(found, key=lambda p: -1 if (step := steps[p]) is None else step)
 
 
 def _step(path: Path) -> int | None:

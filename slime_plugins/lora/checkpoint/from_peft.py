@@ -63,7 +63,11 @@ def import_checkpoint(
         parallelism={"world": 0},  # of no run: it has no random states
     )
     staged = directory.stage(out, None)
-    written = storage.write_shards(staged, 0, shards)
+    try:
+        written = storage.write_shards(staged, 0, shards)
+    except BaseException:
+        directory.discard(staged)
+        raise
     return complete(staged, [written], pack_common(), manifest), manifest, compared
 
 

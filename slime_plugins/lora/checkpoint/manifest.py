@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from slime_plugins.lora.version import __version__
 
 FORMAT = "slime-lora adapter"
 FORMAT_VERSION = 1
+_LARGEST = 1 << 30
+"""Bytes of a file beside the tensor data; the largest holds some kilobytes per rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +113,12 @@ class Manifest:
         fingerprint = content["base"]
         if not isinstance(fingerprint["dtype"], str) or fingerprint["dtype"] not in DTYPES:
             raise ValueError(f"dtype of the base {fingerprint['dtype']!r:.40}")
-        if not isinstance(fingerprint["architecture"], dict) or not all(n.isdecimal() for n in fingerprint["layers"]):
+        sums = {**fingerprint["layers"], **(fingerprint.get("rest") or {})}
+        numbers = all(n.isascii() and n.isdecimal() and len(n) < 6 for n in fingerprint["layers"])
+        if not isinstance(fingerprint["architecture"], dict) or not numbers:
             raise ValueError("fingerprint of the base")
+        if not all(isinstance(value, str) for value in sums.values()):
+            raise ValueError("checksums of the base")
         return cls(
             step=content["step"],
             config=LoRAConfig(**content["config"]),
@@ -140,9 +147,11 @@ def adapter_differences(saved: Mapping[str, Adapter], model: Mapping[str, Adapte
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 of a file beside the tensor data: kilobytes, or some megabytes. Raises ValueError for an endless one."""
     sha = hashlib.sha256()
     with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > _LARGEST:
+            raise ValueError(f"{path}: has more than {_LARGEST:,} bytes, which no file of a checkpoint has: damaged")
         while data := file.read(1 << 20):
             sha.update(data)
     return sha.hexdigest()

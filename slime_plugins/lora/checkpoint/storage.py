@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlanner, TensorWriteData, WriteItem, WriteItemType
 
+from slime_plugins.lora.files.atomic import naming
 from slime_plugins.lora.files.json_text import read_object
 from slime_plugins.lora.files.regular import check_regular, open_regular
 from slime_plugins.lora.files.torch_file import load_plain
@@ -110,7 +111,8 @@ def write_shards(directory: Path, rank: int, shards: Sequence[Shard]) -> Written
         data[index] = shard.data
     writer = FileSystemWriter(directory, sync_files=True)
     plan = writer.prepare_global_plan([SavePlan([])] * rank + [SavePlan(items)])[rank]
-    results = writer.write_data(plan, cast(SavePlanner, _ShardPlanner(data))).wait()
+    with naming(directory):
+        results = writer.write_data(plan, cast(SavePlanner, _ShardPlanner(data))).wait()
     return results, _entries(directory, shards, results)
 
 

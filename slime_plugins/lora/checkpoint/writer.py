@@ -12,6 +12,7 @@ import torch
 
 from slime_plugins.lora.checkpoint import directory, storage
 from slime_plugins.lora.checkpoint.manifest import Manifest
+from slime_plugins.lora.files.atomic import naming
 
 COMMON = "common.pt"
 """Scheduler, random states and optimizer scalars, under Megatron's name for what is not sharded."""
@@ -43,10 +44,11 @@ def complete(staged: Path, written: Sequence[tuple], common: bytes, manifest: Ma
         ValueError, OSError: nothing has been published; the staged directory is gone.
     """
     try:
-        storage.finish(staged, written)
-        (staged / COMMON).write_bytes(common)
-        manifest.write(staged)
-        return directory.publish(staged)
+        with naming(staged):
+            storage.finish(staged, written)
+            (staged / COMMON).write_bytes(common)
+            manifest.write(staged)
+            return directory.publish(staged)
     except BaseException:
         directory.discard(staged)
         raise

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -28,16 +28,16 @@ def check_regular(path: str | os.PathLike) -> os.stat_result:
     return _refuse_others(path, os.stat(path))
 
 
-def open_regular(path: str | os.PathLike) -> BinaryIO:
+def open_regular(path: str | os.PathLike) -> BufferedReader:
     """Open a regular file to read its bytes. Raises as ``check_regular``."""
     check_regular(path)
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _refuse_others(path, os.fstat(fd))  # what was there a moment ago may be another by now
-        return os.fdopen(fd, "rb")
     except BaseException:
         os.close(fd)
         raise
+    return os.fdopen(fd, "rb")
 
 
 def read_small(path: str | os.PathLike, limit: int = SMALL) -> bytes:

@@ -10,8 +10,9 @@ import math
 import os
 import struct
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from slime_plugins.lora.files.json_text import parse_json
 from slime_plugins.lora.files.regular import SMALL, identity, open_regular
@@ -77,7 +78,7 @@ class Stored:
                 raise ValueError(f"{self.file}: was cut while it was read")
         return data
 
-    def open(self) -> BinaryIO:
+    def open(self) -> BufferedReader:
         """The file, at its start. Raises OSError; ValueError if it is no longer the one whose header was read."""
         file = open_regular(self.file)
         if identity(os.fstat(file.fileno())) != self.identity:

@@ -36,8 +36,10 @@ class _Inert:
 _HARMLESS = ("deepspeed.", "transformers.", "accelerate.", "trl.", "argparse.Namespace", "pathlib.")
 
 # What zipfile, zlib and torch.load raise on bytes that are not what they should be.
-_DAMAGE = (RuntimeError, EOFError, LookupError, TypeError, AttributeError, OverflowError, pickle.UnpicklingError)
-_DAMAGE += (NotImplementedError, struct.error, zlib.error, UnicodeError, AssertionError, MemoryError)
+_DAMAGE = (
+    RuntimeError, EOFError, LookupError, TypeError, AttributeError, OverflowError, pickle.UnpicklingError,
+    NotImplementedError, struct.error, zlib.error, UnicodeError, AssertionError, MemoryError,
+)  # fmt: skip
 
 _DEPTH, _LARGEST = 64, 5_000_000
 """Of the values in a file beside its tensors: levels of nesting, and how many there are when all is written out."""
@@ -65,7 +67,7 @@ class TorchFile:
                     if self.has_checksums and "/data/" not in record.filename:
                         archive.read(record)  # the pickle and a few bytes more; zipfile compares the CRC
                     self._crcs.setdefault(record.file_size, set()).add(record.CRC)
-            stubs = self._stubs()
+            stubs: list[Any] = self._stubs()
             with torch.serialization.safe_globals(stubs):
                 self.value: Any = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
             _measure(self.value, 0, {})
@@ -82,7 +84,7 @@ class TorchFile:
         if not self.has_checksums:
             return tensor
         storage = tensor.untyped_storage()
-        data = memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
+        data = memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data)
         crc = 0
         for start in range(0, len(data), _CHUNK):
             crc = zlib.crc32(data[start : start + _CHUNK], crc)

@@ -216,7 +216,7 @@ def write_adapter(
             something that is not an adapter.
     """
     validate_adapter(config, tensors)
-    absent = absent_targets(config, [module for module, _ in map(parse_key, tensors)])
+    absent = absent_targets(config, [parsed[0] for parsed in map(parse_key, tensors) if parsed])
     if absent:
         raise ValueError(f"target_modules names {absent[0]!r}, but the adapter holds no tensor for it")
     out = Path(out_dir)
@@ -248,7 +248,7 @@ def write_adapter(
 def digest(tensor: torch.Tensor) -> str:
     """SHA-256 of dtype, shape and bytes."""
     sha = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
-    sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

@@ -109,14 +109,21 @@ def config_options(adapter: str | os.PathLike | PeftAdapter, layout: str | None 
     source = adapter if isinstance(adapter, PeftAdapter) else PeftAdapter(adapter)
     validate_adapter(source.config, source.tensors)
     linears = source.linears()
-    As = {linear: [A.shape[0] for A in distinct_A(source, modules)] for linear, modules in linears.items()}
-    shared = {linear for linear, ranks in As.items() if len(ranks) == 1}
+    dtypes, A_ranks = set(), {}
+    for linear, modules in linears.items():
+        As = distinct_A(source, modules)
+        A_ranks[linear] = [A.shape[0] for A in As]
+        dtypes |= {A.dtype for A in As}
+    (dtype,) = dtypes  # one, in a valid adapter
+    shared = {linear for linear, found in A_ranks.items() if len(found) == 1}
     if layout is None:
         layout = "fused" if len(shared) == len(linears) else "split"
     config = source.config
     options: dict[str, Any] = {"use_rslora": bool(config.get("use_rslora"))}
+    ranks: dict[str, int]
+    alphas: dict[str, float]
     if layout == "fused":
-        ranks = {linear: sum(found) for linear, found in As.items()}
+        ranks = {linear: sum(found) for linear, found in A_ranks.items()}
         if len(shared) < len(linears):  # then alpha is what gives each projection its scaling at the summed rank
             options["use_rslora"] = False
             alphas = {
@@ -127,9 +134,9 @@ def config_options(adapter: str | os.PathLike | PeftAdapter, layout: str | None 
     else:
         ranks = {name: module_rank(config, name) for name in source.modules}
         alphas = {name: module_alpha(config, name) for name in source.modules}
-    ranks, alphas = ({source.canonical(name): value for name, value in values.items()} for values in (ranks, alphas))
+    ranks = {source.canonical(name): value for name, value in ranks.items()}
+    alphas = {source.canonical(name): value for name, value in alphas.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    (dtype,) = {source.tensors[key].dtype for key in source.tensors}
     return dict(
         rank=rank,
         alpha=float(alpha),
@@ -146,7 +153,7 @@ def config_options(adapter: str | os.PathLike | PeftAdapter, layout: str | None 
 def distinct_A(source: PeftAdapter, names: list[str]) -> list[torch.Tensor]:
     distinct: list[torch.Tensor] = []
     for name in names:
-        A, _ = source.pair(name)
+        A = source.tensors[source.key(name, "A")]
         if not any(equal(A, other) for other in distinct):
             distinct.append(A)
     return distinct
