@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.slime-lora-ready
 READY_ALL := $(VENV)/.slime-lora-ready-all
+READY_DOCS := $(VENV)/.slime-lora-ready-docs
 # CPU pins only where there is no CUDA device: on a GPU machine the torch that is there must stay.
 CONSTRAINTS := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' || echo '-c constraints-cpu.txt')
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq $(CONSTRAINTS)
@@ -11,7 +12,7 @@ REHEARSE_ARGS ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help rehearse test test-all lint bench clean
+.PHONY: help rehearse test test-all lint docs bench clean
 
 help:
 	@echo "make rehearse   LoRA RL on a small tensor-parallel model; ends in a PEFT adapter under runs/rehearsal"
@@ -19,6 +20,7 @@ help:
 	@echo "make test       the tests that take minutes (flags for pytest: PYTEST_ARGS='-k layout')"
 	@echo "make test-all   all of them, the slow ones too"
 	@echo "make lint       ruff, mypy, import-linter, shellcheck"
+	@echo "make docs       the pages and an API page as a site, build/site; a warning is an error"
 	@echo "make bench      step time, communicated bytes, checkpoint size; JSON in bench/out"
 	@echo "make clean      remove .venv, caches and bench/out (runs/ stays)"
 
@@ -38,6 +40,10 @@ $(READY_ALL): $(READY)
 	@DS_BUILD_OPS=0 $(PIP) -e '.[rehearsal,test,quant,deepspeed]'
 	@touch $@
 
+$(READY_DOCS): $(READY)
+	@$(PIP) -e '.[docs]'
+	@touch $@
+
 rehearse: $(READY)
 	@$(BIN)/slime-lora rehearse $(REHEARSE_ARGS)
 
@@ -53,6 +59,10 @@ lint: $(READY)
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo --no-cache
 	@$(BIN)/shellcheck --exclude SC1091 .ci/run examples/lora/*.sh  # 1091: slime's own scripts are not here
+
+docs: $(READY_DOCS)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/site/mkdocs.yml
+	@echo build/site/index.html
 
 bench: $(READY)
 	@for script in bench/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
