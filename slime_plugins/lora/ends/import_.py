@@ -78,8 +78,9 @@ def import_peft(model, adapter_dir: str | os.PathLike, *, optimizer=None) -> Imp
 def _refuse_other_base(model, source: PeftAdapter) -> None:
     """Raise ValueError if the base that the adapter names is on this machine and is not this model's. Collective."""
     named = source.config.get("base_model_name_or_path")
-    here = on_rank_0(lambda: isinstance(named, str) and os.path.isfile(os.path.join(named, "config.json")))
-    different = other_base(model, named) if here else []
+    if not isinstance(named, str) or not on_rank_0(lambda: os.path.isfile(os.path.join(named, "config.json"))):
+        return
+    different = other_base(model, named)
     if different:
         raise ValueError(f"{source.directory} was made for {named}, not for this base: {'; '.join(different)}")
 
