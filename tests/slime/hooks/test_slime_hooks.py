@@ -141,6 +141,7 @@ def test_adapter_sync(pool2, hf_dir, tmp_path, colocate):
     ]  # fmt: skip
     # An engine that has come back since gets the adapter, and is not asked for what it never had.
     assert second == [(load, names[3]), version]
+    assert seen["proofs"] == [proof for name in names for proof in (name, "slime-lora-base")]
     assert all(seen["equal"]) and len(seen["equal"]) == (4 if colocate else 0)
     assert seen["left"] == [] and len(set(seen["sent"])) == 1 and seen["sent"][0] > 0
     assert other["names"] == [] and set(other["sent"]) == {0}
