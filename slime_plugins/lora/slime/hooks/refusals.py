@@ -281,6 +281,12 @@ def _mla_down(launch: Launch) -> set[str]:
 
 ADAPTER_SYNC = (
     Refusal(
+        "SGLang without plugins",
+        lambda launch: launch.sglang is not None and launch.sglang < Version("0.5.12"),
+        "--lora-sync adapter needs SGLang 0.5.12 or newer: older ones load no server plugins, and without slime-lora's a "
+        "request that names no adapter gets the base in silence; use --lora-sync merged",
+    ),
+    Refusal(
         "delta",
         lambda launch: launch.given("update_weight_mode") == "delta",
         "--update-weight-mode delta sends weights, --lora-sync adapter does not; use --lora-sync merged",
