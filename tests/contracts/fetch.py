@@ -1,6 +1,6 @@
 """Fetches the wheels whose code judges ours, without their dependencies, and unpacks their Python. Idempotent.
 
-    python tests/contracts/fetch.py [--vllm]        # 54 MB; with vLLM's 336 MB more
+python tests/contracts/fetch.py [--vllm]        # 54 MB; with vLLM's 336 MB more
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ import functools
 import json
 import logging
 import types
-from enum import Enum
 from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +125,7 @@ def wheel_of(version: str, tp: int = 1, rank: int = 0) -> Wheel:
     """SGLang's LoRA modules, with what they need from the rest of it. Skips the test where there is no wheel."""
     wheel = Wheel(unpacked("sglang", version), "sglang", REAL)
     library("msgspec")
-    common = wheel.take(
-        "sglang.srt.utils.common", "ConcurrentCounter", "replace_submodule", asyncio=asyncio
-    )
+    common = wheel.take("sglang.srt.utils.common", "ConcurrentCounter", "replace_submodule", asyncio=asyncio)
     flag = types.SimpleNamespace(get=lambda: False)
     parallel = Quiet(
         tp_size=tp, tp_rank=rank, attn_tp_size=tp, attn_tp_rank=rank, attn_cp_size=1, attn_dp_enabled=False, dp_size=1,
@@ -324,7 +322,8 @@ def sglang_model(config: Any, tp: int, rank: int, *, fused_shared: bool = False)
             moe_runner_config=Quiet(is_gated=True, gemm1_alpha=None), dispatcher=None, num_local_experts=number,
             should_fuse_routed_scaling_factor_in_topk=False, moe_tp_size=tp, moe_tp_rank=rank,
             intermediate_size_per_partition=config.moe_intermediate_size // tp, is_shared_fused_moe=False,
-            hidden_size=hidden, num_experts=number, num_fused_shared_experts=0, top_k=config.num_experts_per_tok, runner=None,
+            hidden_size=hidden, num_experts=number, num_fused_shared_experts=0, top_k=config.num_experts_per_tok,
+            runner=None,
         )  # fmt: skip
         add(f"{mlp}.experts", moe)
         if shared and not fused_shared:

@@ -58,7 +58,10 @@ def checkup(slime_dir: str | None, words: Sequence[str]) -> list[Finding]:
         UsageError: ``slime_dir`` is no slime checkout, or the words are no flags.
     """
     findings = [*_versions(), *_plugin()]
-    findings += _seams(slime_dir) if slime_dir else [Finding("unknown", "checkout", "not given; --slime DIR checks it")]
+    if slime_dir:
+        findings += _seams(slime_dir)
+    else:
+        findings.append(Finding("unknown", "checkout", "not given; --slime DIR checks it"))
     if words:
         findings += _arguments(words)
     else:
@@ -75,7 +78,8 @@ def _versions() -> Iterator[Finding]:
             yield Finding("unknown", "version", f"{name} is not installed here; known to work: {span}")
             continue
         if found < Version(oldest):
-            yield Finding("WRONG", "version", f"{name} {found} is older than what is known to work ({span}); upgrade it")
+            text = f"{name} {found} is older than what is known to work ({span}); upgrade it"
+            yield Finding("WRONG", "version", text)
         elif newest and found > Version(newest):
             yield Finding("unknown", "version", f"{name} {found} is newer than what has been tried ({span})")
         else:

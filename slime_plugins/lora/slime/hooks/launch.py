@@ -21,6 +21,7 @@ SLIME_FLAGS = (
     "lora_critic", "lora_save_merged",
 )  # fmt: skip
 
+
 def flags(get_provider):
     """Hook: the LoRA flags in slime's parser."""
 

@@ -68,9 +68,9 @@ def _set_shared_experts(args: Namespace) -> None:
             args.sglang_disable_shared_experts_fusion = True
         elif launch.shared:
             raise UsageError(
-                "--lora-sync adapter with adapted shared experts needs an SGLang with --disable-shared-experts-fusion; "
-                "exclude them (--lora-exclude-modules shared_experts.linear_fc1 shared_experts.linear_fc2), or use "
-                "--lora-sync merged"
+                "--lora-sync adapter with adapted shared experts needs an SGLang with "
+                "--disable-shared-experts-fusion; exclude them (--lora-exclude-modules shared_experts.linear_fc1 "
+                "shared_experts.linear_fc2), or use --lora-sync merged"
             )
 
 
