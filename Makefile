@@ -20,7 +20,7 @@ help:
 	@echo "make test-all   all of them, the slow ones too"
 	@echo "make contracts  the plugin against SGLang's and TransformerEngine's own code: 54 MB of wheels, once, into"
 	@echo "                ~/.cache/slime-lora/wheels, without their dependencies (with vLLM's 336 MB: FETCH_ARGS=--vllm)"
-	@echo "make lint       ruff and shellcheck"
+	@echo "make lint       ruff, mypy, import-linter, shellcheck"
 	@echo "make bench      step time, communicated bytes, checkpoint size; JSON in bench/out"
 	@echo "make clean      remove .venv, caches and bench/out (runs/ stays)"
 
@@ -56,6 +56,8 @@ contracts: $(READY)
 lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo --no-cache
 	@$(BIN)/shellcheck --exclude SC1091 .ci/run examples/lora/*.sh  # 1091: slime's own scripts are not here
 
 bench: $(READY)

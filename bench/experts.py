@@ -133,13 +133,13 @@ def unstack(model: torch.nn.Module) -> None:
     from megatron.core.transformer.moe.experts import SequentialMLP
 
     from slime_plugins.lora.adapters import iter_adapters
-    from slime_plugins.lora.layers import adapt, adapted_class
+    from slime_plugins.lora.layers import adapt, frozen_of, kind_of
 
     for stacked in list(iter_adapters(model)):
-        for one, linear in zip(stacked.lora_linears(), stacked.linears):
-            adapt(linear, adapted_class(linear)[0], one.lora, None)
-            linear.lora_A.data.copy_(one.lora_A)
-            linear.lora_B.data.copy_(one.lora_B)
+        for i, (spec, linear) in enumerate(zip(stacked.lora.one_by_one(), stacked.linears)):
+            adapt(linear, kind_of(linear).form, frozen_of(linear), spec, None)
+            linear.lora_A.data.copy_(stacked.lora_A[i])
+            linear.lora_B.data.copy_(stacked.lora_B[i])
     for module in model.modules():
         if isinstance(module, SequentialMLP):
             module.__class__ = SequentialMLP

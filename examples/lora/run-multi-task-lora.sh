@@ -9,29 +9,10 @@
 #   python3 -m sglang.launch_server --model-path "${BASE_DIR}/Qwen3-4B" --enable-lora --max-loras-per-batch 3 \
 #      --lora-paths math=.../math/iter_0000199 code=.../code/iter_0000199 medical=.../medical/iter_0000199
 
-set -ex
+set -e
 
-# The job runs where `ray start` was run: in slime's checkout, hence the cd below.
-SLIME_DIR=${SLIME_DIR:-/root/slime}
-MEGATRON_DIR=${MEGATRON_DIR:-/root/Megatron-LM}
-BASE_DIR=${BASE_DIR:-/root}
-
-# for rerun the task; ends this machine's Ray cluster, nothing else
-pkill -9 sglang || true
-ray stop --force
-sleep 3
-
-# will prevent ray from buffering stdout/stderr
-export PYTHONUNBUFFERED=1
-
-if nvidia-smi topo -m 2>/dev/null | grep -q 'NV[0-9]'; then
-    HAS_NVLINK=1
-else
-    HAS_NVLINK=0
-fi
-NUM_GPUS=${NUM_GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
-echo "HAS_NVLINK: $HAS_NVLINK, NUM_GPUS: $NUM_GPUS"
-
+source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
+check_slime qwen3-4B.sh
 cd "${SLIME_DIR}"
 source "${SLIME_DIR}/scripts/models/qwen3-4B.sh"
 
@@ -51,7 +32,6 @@ task_args() {
     *) echo "unknown task $1; expected math, code or medical" >&2; exit 2 ;;
     esac
 }
-for TASK in "${TASKS[@]}"; do task_args "${TASK}"; done  # a wrong name fails before anything runs
 
 CKPT_ARGS=(
    --hf-checkpoint "${BASE_DIR}/Qwen3-4B"
@@ -134,41 +114,40 @@ MISC_ARGS=(
    --attention-backend flash
 )
 
-# launch the master node of ray in container
-export MASTER_ADDR=${MASTER_ADDR:-"127.0.0.1"}
-ray start --head --node-ip-address "${MASTER_ADDR}" --num-gpus "${NUM_GPUS}" --disable-usage-stats \
-   --dashboard-host=127.0.0.1 --dashboard-port=8265
+CHECKPOINTS=${ADAPTERS}/checkpoints
+job_args() {
+   task_args "$1"
+   JOB_ARGS=(
+      --actor-num-nodes 1
+      --actor-num-gpus-per-node "${NUM_GPUS}"
+      --colocate
+      "${MODEL_ARGS[@]}"
+      "${CKPT_ARGS[@]}"
+      "${LORA_ARGS[@]}"
+      "${TASK_ARGS[@]}"
+      "${ROLLOUT_ARGS[@]}"
+      "${OPTIMIZER_ARGS[@]}"
+      "${GRPO_ARGS[@]}"
+      "${PERF_ARGS[@]}"
+      "${SGLANG_ARGS[@]}"
+      "${MISC_ARGS[@]}"
+      --load "${CHECKPOINTS}/$1"
+      --save "${CHECKPOINTS}/$1"
+      --lora-export-dir "${ADAPTERS}/$1"
+   )
+}
 
-RUNTIME_ENV_JSON="{
-  \"env_vars\": {
-    \"PYTHONPATH\": \"${MEGATRON_DIR}\",
-    \"CUDA_DEVICE_MAX_CONNECTIONS\": \"1\",
-    \"NCCL_NVLS_ENABLE\": \"${HAS_NVLINK}\"
-  }
-}"
+for TASK in "${TASKS[@]}"; do # all of them, before the first one starts
+   job_args "${TASK}"
+   check_job "${JOB_ARGS[@]}"
+done
+start_ray "${CHECKPOINTS}"
 
 for TASK in "${TASKS[@]}"; do
-   task_args "${TASK}"
-   SAVE_ARGS=(
-      --load "${ADAPTERS}/checkpoints/${TASK}"
-      --save "${ADAPTERS}/checkpoints/${TASK}"
-      --lora-export-dir "${ADAPTERS}/${TASK}"
+   job_args "${TASK}"
+   (
+      set -x
+      ray job submit --address="${JOB_ADDRESS}" --runtime-env-json="${RUNTIME_ENV_JSON}" \
+         -- python3 train.py "${JOB_ARGS[@]}"
    )
-   ray job submit --address="http://127.0.0.1:8265" \
-      --runtime-env-json="${RUNTIME_ENV_JSON}" \
-      -- python3 train.py \
-      --actor-num-nodes 1 \
-      --actor-num-gpus-per-node "${NUM_GPUS}" \
-      --colocate \
-      "${MODEL_ARGS[@]}" \
-      "${CKPT_ARGS[@]}" \
-      "${SAVE_ARGS[@]}" \
-      "${LORA_ARGS[@]}" \
-      "${TASK_ARGS[@]}" \
-      "${ROLLOUT_ARGS[@]}" \
-      "${OPTIMIZER_ARGS[@]}" \
-      "${GRPO_ARGS[@]}" \
-      "${PERF_ARGS[@]}" \
-      "${SGLANG_ARGS[@]}" \
-      "${MISC_ARGS[@]}"
 done

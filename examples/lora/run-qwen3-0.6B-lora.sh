@@ -13,29 +13,11 @@
 #     linear_fc2   down_proj               16    28      1,835,008
 #     trainable params: 8,716,288 || all params: 604,766,208 || trainable%: 1.4413 || adapter: 16.62 MiB
 
-set -ex
+set -e
 
-# The job runs where `ray start` was run: in slime's checkout, hence the cd below.
-SLIME_DIR=${SLIME_DIR:-/root/slime}
-MEGATRON_DIR=${MEGATRON_DIR:-/root/Megatron-LM}
-BASE_DIR=${BASE_DIR:-/root}
-
-# for rerun the task; ends this machine's Ray cluster, nothing else
-pkill -9 sglang || true
-ray stop --force
-sleep 3
-
-# will prevent ray from buffering stdout/stderr
-export PYTHONUNBUFFERED=1
-
-if nvidia-smi topo -m 2>/dev/null | grep -q 'NV[0-9]'; then
-    HAS_NVLINK=1
-else
-    HAS_NVLINK=0
-fi
 NUM_GPUS=${NUM_GPUS:-1}
-echo "HAS_NVLINK: $HAS_NVLINK, NUM_GPUS: $NUM_GPUS"
-
+source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
+check_slime qwen3-0.6B.sh
 cd "${SLIME_DIR}"
 source "${SLIME_DIR}/scripts/models/qwen3-0.6B.sh"
 
@@ -140,33 +122,25 @@ MISC_ARGS=(
    --attention-backend flash
 )
 
-# launch the master node of ray in container
-export MASTER_ADDR=${MASTER_ADDR:-"127.0.0.1"}
-ray start --head --node-ip-address "${MASTER_ADDR}" --num-gpus "${NUM_GPUS}" --disable-usage-stats \
-   --dashboard-host=127.0.0.1 --dashboard-port=8265
-
-RUNTIME_ENV_JSON="{
-  \"env_vars\": {
-    \"PYTHONPATH\": \"${MEGATRON_DIR}\",
-    \"CUDA_DEVICE_MAX_CONNECTIONS\": \"1\",
-    \"NCCL_NVLS_ENABLE\": \"${HAS_NVLINK}\"
-  }
-}"
-
-ray job submit --address="http://127.0.0.1:8265" \
-   --runtime-env-json="${RUNTIME_ENV_JSON}" \
-   -- python3 train.py \
-   --actor-num-nodes 1 \
-   --actor-num-gpus-per-node "${NUM_GPUS}" \
-   --colocate \
-   "${MODEL_ARGS[@]}" \
-   "${CKPT_ARGS[@]}" \
-   "${LORA_ARGS[@]}" \
-   "${ROLLOUT_ARGS[@]}" \
-   "${OPTIMIZER_ARGS[@]}" \
-   "${GRPO_ARGS[@]}" \
-   "${WANDB_ARGS[@]}" \
-   "${PERF_ARGS[@]}" \
-   "${EVAL_ARGS[@]}" \
-   "${SGLANG_ARGS[@]}" \
+JOB_ARGS=(
+   --actor-num-nodes 1
+   --actor-num-gpus-per-node "${NUM_GPUS}"
+   --colocate
+   "${MODEL_ARGS[@]}"
+   "${CKPT_ARGS[@]}"
+   "${LORA_ARGS[@]}"
+   "${ROLLOUT_ARGS[@]}"
+   "${OPTIMIZER_ARGS[@]}"
+   "${GRPO_ARGS[@]}"
+   "${WANDB_ARGS[@]}"
+   "${PERF_ARGS[@]}"
+   "${EVAL_ARGS[@]}"
+   "${SGLANG_ARGS[@]}"
    "${MISC_ARGS[@]}"
+)
+check_job "${JOB_ARGS[@]}"
+start_ray "${BASE_DIR}/Qwen3-0.6B_lora"
+
+set -x
+ray job submit --address="${JOB_ADDRESS}" --runtime-env-json="${RUNTIME_ENV_JSON}" \
+   -- python3 train.py "${JOB_ARGS[@]}"

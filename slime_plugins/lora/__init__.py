@@ -9,6 +9,7 @@ _PUBLIC = {
     "LoRAConfig": "config",
     "add_lora_arguments": "arguments",
     "validate_lora_args": "arguments",
+    "load_base": "rehearsal.load",
     "apply_lora": "inject",
     "LoRAReport": "inject",
     "adapters_disabled": "adapters",

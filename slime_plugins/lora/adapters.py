@@ -4,94 +4,124 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from slime_plugins.lora.config import LoRAConfig
-from slime_plugins.lora.layers import LoRALinear, OneExpert
+from slime_plugins.lora.layers import Carrier, LoRALinear
+from slime_plugins.lora.layers import iter_carriers as _carriers_in
+from slime_plugins.lora.names import is_adapter
+from slime_plugins.lora.parallel import chunks_of, unwrapped
 
 
-def iter_adapters(model) -> Iterator[LoRALinear]:
-    """The adapted linears of a module or list of pipeline chunks (wrapped or not), in model order."""
-    for chunk in model if isinstance(model, (list, tuple)) else [model]:
-        for module in chunk.modules():
-            if isinstance(module, LoRALinear):
-                yield module
+@dataclass
+class ModelState:
+    """What is remembered about an adapted model between calls: all of it, however the model is wrapped.
+
+    One object per model, on the innermost module of every chunk.
+    """
+
+    config: LoRAConfig
+    pending_save: Any = None
+    """checkpoint.save: the asynchronous save that has not been published."""
+    fingerprint: Any = None
+    """checkpoint.model: of the base, with what tells whether the base has changed since."""
+    base_source: str | None = None
+    """slime.hooks: where the base was loaded from."""
+    last_sync: Any = None
+    """slime.hooks: what the last weight sync came to."""
+    base_squares: dict[LoRALinear, torch.Tensor] = field(default_factory=dict)
+    """slime.hooks: sum of squares of base weights."""
 
 
-def iter_linears(model) -> Iterator[LoRALinear | OneExpert]:
-    """The same, one per base weight: stacked experts one by one, as views with an adapted linear's attributes."""
-    for linear in iter_adapters(model):
-        yield from linear.lora_linears()
+def remember(model: Any, config: LoRAConfig) -> None:
+    """Note that a model has been adapted."""
+    state = ModelState(config)
+    for chunk in chunks_of(model):
+        unwrapped(chunk).lora_state = state  # type: ignore[assignment]
 
 
-def config_of(model) -> LoRAConfig:
-    """The config that ``apply_lora`` put into this model, also on a pipeline stage that got no adapter.
+def state_of(model: Any) -> ModelState:
+    """The state that ``apply_lora`` put on this model, also on a pipeline stage that got no adapter.
 
     Raises:
         ValueError: the model has none.
     """
-    for chunk in model if isinstance(model, (list, tuple)) else [model]:
-        for module in chunk.modules():  # DDP and Float16Module wrap the chunk that carries it
-            if hasattr(module, "lora_config"):
-                return module.lora_config
+    for chunk in chunks_of(model):
+        state = getattr(unwrapped(chunk), "lora_state", None)
+        if isinstance(state, ModelState):
+            return state
     raise ValueError("this model has no adapters; call apply_lora on it first")
 
 
-def has_adapters(model) -> bool:
+def config_of(model: Any) -> LoRAConfig:
+    """The config that ``apply_lora`` put into this model. Raises ValueError as ``state_of`` does."""
+    return state_of(model).config
+
+
+def has_adapters(model: Any) -> bool:
     """Has ``apply_lora`` been called on this model (also where a pipeline stage got no adapter)?"""
-    if not model:
-        return False
-    try:
-        config_of(model)
-    except ValueError:
-        return False
-    return True
+    return bool(model) and any(hasattr(unwrapped(chunk), "lora_state") for chunk in chunks_of(model))
 
 
-def is_adapter(name: str) -> bool:
-    """Is this the name of an adapter's parameter?"""
-    return name.endswith((".lora_A", ".lora_B"))
+def iter_carriers(model: Any) -> Iterator[Carrier]:
+    """Everything in a module or list of pipeline chunks (wrapped or not) that holds adapter parameters, in order."""
+    for chunk in chunks_of(model):
+        yield from _carriers_in(chunk)
+
+
+def iter_adapters(model: Any) -> Iterator[LoRALinear]:
+    """The adapted linears among them."""
+    return (carrier for carrier in iter_carriers(model) if isinstance(carrier, LoRALinear))
+
+
+def base_parameters(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Name in its chunk and parameter, of all that belong to no adapter."""
+    for chunk in chunks_of(model):
+        for name, parameter in chunk.named_parameters():
+            if not is_adapter(name):
+                yield name, parameter
+
+
+def refuse_trained_base(model: Any) -> None:
+    """Raise ValueError if the base trains with the adapters: a file of adapters alone would lose that."""
+    trained = [name for name, parameter in base_parameters(model) if parameter.requires_grad]
+    if trained:
+        raise ValueError(
+            f"{len(trained)} parameters of the base train too ({trained[0]} is trainable): adapters alone would not "
+            "hold all that was trained; train with the base frozen (--lora-only-trainable), or save the whole model"
+        )
 
 
 @contextlib.contextmanager
-def adapters_disabled(model) -> Iterator[None]:
+def adapters_disabled(model: Any) -> Iterator[None]:
     """Inside, the model is its base: outputs equal the base's bit for bit. The reference policy of RL.
 
     Raises:
         ValueError: ``apply_lora`` has not been called: the reference would be the policy itself.
     """
     config_of(model)
-    linears = list(iter_adapters(model))
-    before = [linear.lora_enabled for linear in linears]
-    for linear in linears:
-        linear.lora_enabled = False
+    carriers = list(iter_carriers(model))
+    before = [carrier.lora_enabled for carrier in carriers]
+    for carrier in carriers:
+        carrier.lora_enabled = False
     try:
         yield
     finally:
-        for linear, enabled in zip(linears, before):
-            linear.lora_enabled = enabled
+        for carrier, enabled in zip(carriers, before):
+            carrier.lora_enabled = enabled
 
 
 @contextlib.contextmanager
-def merged(model) -> Iterator[None]:
+def merged(model: Any) -> Iterator[None]:
     """Inside, base weights hold W + scaling * B A (summed in float32, rounded once); on exit, their old bits again.
 
     Costs a copy of every adapted weight while it lasts: W + BA - BA is not W in bf16 (design hazard 12).
     """
-    linears = list(iter_linears(model))
-    saved: list[torch.Tensor] = []
-    with adapters_disabled(model):
-        try:
-            for linear in linears:
-                saved.append(linear.weight.detach().clone())
-                _write(linear.weight, linear.weight.detach().float() + linear.lora_delta_weight())
-            yield
-        finally:
-            for linear, weight in zip(linears, saved):
-                _write(linear.weight, weight)
-
-
-@torch.no_grad()
-def _write(weight: torch.nn.Parameter, value: torch.Tensor) -> None:
-    weight.copy_(value)
+    with adapters_disabled(model), contextlib.ExitStack() as replaced:
+        for linear in iter_adapters(model):
+            dense = [linear.lora_merged(index) for index in range(len(linear.lora_base.parameters))]
+            replaced.enter_context(linear.lora_base.replaced(dense))
+        yield

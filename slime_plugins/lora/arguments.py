@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import warnings
+from collections.abc import Collection
+from typing import Any
 
 from slime_plugins.lora.config import DTYPES, INITS, LAYOUTS, LoRAConfig
 from slime_plugins.lora.errors import UsageError
@@ -24,8 +27,12 @@ LOW_LR = FULL_LR * LR_OVER_FULL / 2
 """Below this, a learning rate was meant for full training."""
 
 
-def add_lora_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the group "LoRA" to a parser. Returns the parser."""
+def add_lora_arguments(parser: argparse.ArgumentParser, *, hide: Collection[str] = ()) -> argparse.ArgumentParser:
+    """Add the group "LoRA" to a parser. Returns the parser.
+
+    Args:
+        hide: destinations left out of the help, of flags that say nothing there; they are accepted all the same.
+    """
     group = parser.add_argument_group("LoRA", "low-rank adapters on frozen Megatron linears")
     add = group.add_argument
     add("--use-lora", action="store_true", help="train LoRA adapters instead of the whole model")
@@ -58,7 +65,44 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     add("--lora-dtype", choices=DTYPES, default=None, help="of the adapter (default: the base weight's)")
     add("--lora-rank-pattern", type=_json_object, default={}, metavar="JSON", help="e.g. '{\"linear_fc1\": 32}'")
     add("--lora-alpha-pattern", type=_json_object, default={}, metavar="JSON", help="e.g. '{\"linear_fc1\": 64}'")
+    for action in parser._actions:
+        if action.dest in hide:
+            action.help = argparse.SUPPRESS
     return parser
+
+
+def lora_args(config: LoRAConfig) -> dict[str, Any]:
+    """Destination -> value of the flags that give this config; ``LoRAConfig.from_args`` read backwards."""
+    return {
+        "lora_r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "lora_target_modules": list(config.target_modules),
+        "lora_exclude_modules": list(config.exclude_modules),
+        "lora_layout": config.layout,
+        "lora_rslora": config.use_rslora,
+        "lora_init": config.init,
+        "lora_dtype": config.dtype,
+        "lora_rank_pattern": dict(config.rank_pattern),
+        "lora_alpha_pattern": dict(config.alpha_pattern),
+    }
+
+
+def lora_flags(config: LoRAConfig) -> str:
+    """Command line flags that give this config, for a shell: what an adapter is, and what else is not the default."""
+    always = ("lora_r", "lora_alpha", "lora_layout", "lora_target_modules")
+    defaults, words = lora_args(_DEFAULTS), []
+    for name, value in lora_args(config).items():
+        if name not in always and value == defaults[name]:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if isinstance(value, dict):
+            words.append(json.dumps(value))
+        elif isinstance(value, list):
+            words.extend(value)
+        elif value is not True:
+            words.append(str(int(value)) if isinstance(value, float) and value.is_integer() else str(value))
+    return shlex.join(words)
 
 
 def validate_lora_args(args: argparse.Namespace) -> None:

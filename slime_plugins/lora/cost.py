@@ -14,11 +14,11 @@ import math
 from collections.abc import Iterator, Mapping
 
 from slime_plugins.lora.config import LoRAConfig
-from slime_plugins.lora.names import DENSE, hf_names
+from slime_plugins.lora.names import LINEARS, hf_names, record_of
+from slime_plugins.lora.parameters import lora_parameters
 from slime_plugins.lora.targets import Targets, check_all_matched
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_ROW_PARALLEL = ("linear_proj", "linear_fc2")
 _GRADIENT = 4
 
 
@@ -118,8 +118,10 @@ def _adapters(shapes: Mapping, config: LoRAConfig, num_layers: int, tp: int) -> 
     targets, names = Targets(config.target_modules, config.exclude_modules), []
     found = []
     for layer in range(num_layers):
-        for path in DENSE:
+        for path, record in LINEARS.items():
             name = f"decoder.layers.{layer}.{path}"
+            if record.mla or f"{hf_names(name)[0]}.weight" not in shapes:
+                continue
             names.append(name)
             projections = [hf_names(name)[part] for part in targets.parts_of(name)]
             if projections:
@@ -130,11 +132,17 @@ def _adapters(shapes: Mapping, config: LoRAConfig, num_layers: int, tp: int) -> 
 
 def _adapter(layer: int, name: str, projections: list[str], shapes: Mapping, config: LoRAConfig, tp: int) -> _Adapter:
     rank = max(config.rank_of(name, projection) for projection in projections)
-    stacked = len(projections) if config.layout == "split" else 1
     outs, ins = zip(*(shapes[f"{projection}.weight"] for projection in projections))
-    A, B = stacked * rank * ins[0], sum(outs) * rank
-    local = A // tp + B if name.endswith(_ROW_PARALLEL) else A + B // tp
-    return _Adapter(layer, A + B, local, sum(outs) + sum(ins), rank)
+    parallel = record_of(name).parallel
+    table = lora_parameters(
+        parallel,
+        rows=sum(outs) // (tp if parallel == "column" else 1),
+        columns=ins[0] // (tp if parallel == "row" else 1),
+        rank=rank,
+        stacked=len(projections) if config.layout == "split" else 1,
+    )
+    full, local = sum(entry.full_numel(tp) for entry in table), sum(entry.numel for entry in table)
+    return _Adapter(layer, full, local, sum(outs) + sum(ins), rank)
 
 
 def _stage_elements(shapes: Mapping, num_layers: int, tied: bool, tp: int, pp: int, stage: int) -> int:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
+from slime_plugins.lora.adapters import remember
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.layers import (
     AdapterSpec,
+    FrozenLinear,
     LoRALinear,
     adapt,
-    adapted_class,
     check_gradients,
+    frozen_of,
+    kind_of,
     linears_of_experts,
+    shards_of,
     spec_for,
-    weight_shards,
 )
-from slime_plugins.lora.names import in_experts, is_known
+from slime_plugins.lora.names import in_experts, in_layer_order, is_adapter, is_known
+from slime_plugins.lora.parallel import all_gather_over, chunks_of, model_parallel, pipeline_group, unwrapped
 from slime_plugins.lora.targets import Targets, check_all_matched, short_name
 
 _LAYER = re.compile(r"^(?:module\.)*(decoder\.layers\.)(\d+)\.(.+)$")
@@ -91,16 +95,17 @@ def apply_lora(model, config: LoRAConfig, *, freeze_base: bool = True) -> LoRARe
             parallelism cannot hold. Nothing has been changed then.
         ValueError: a linear of a class that has no LoRA form, a model that is wrapped or adapted already.
     """
-    chunks = list(model) if isinstance(model, (list, tuple)) else [model]
+    chunks = chunks_of(model)
     surveys = [_survey(chunk) for chunk in chunks]
     candidates = [item for survey in surveys for item in survey.candidates]
-    plan, problem, matched = [], None, set()
+    plan: list[_Planned] = []
+    problem, matched = None, set[str]()
     try:
         plan, matched = _plan(candidates, config)
     except ValueError as error:  # every stage must raise, or the others would wait for this one
         problem = error
     rest = [what for survey in surveys for what in survey.rest]
-    stages = _all_gather((sorted(matched), [name for name, _ in candidates], problem, rest), pipeline_group())
+    stages = all_gather_over(pipeline_group(), (sorted(matched), [name for name, _ in candidates], problem, rest))
     for _, _, stage_problem, _ in stages:
         if stage_problem is not None:
             raise stage_problem
@@ -112,14 +117,12 @@ def apply_lora(model, config: LoRAConfig, *, freeze_base: bool = True) -> LoRARe
     if freeze_base:
         for chunk in chunks:
             chunk.requires_grad_(False)
-    for linear, lora_class, spec in plan:
-        adapt(linear, lora_class, spec, getattr(torch, config.dtype) if config.dtype else None)
+    dtype = getattr(torch, config.dtype) if config.dtype else None
+    linears = [adapt(planned.linear, planned.form, planned.base, planned.spec, dtype) for planned in plan]
+    remember(chunks, config)
     for chunk in chunks:
-        chunk.lora_config = config
         _let_recompute_see_gradients(chunk)
-    return _report(
-        chunks, [linear for linear, _, _ in plan], tuple(dict.fromkeys(what for s in stages for what in s[3]))
-    )
+    return _report(chunks, linears, tuple(dict.fromkeys(what for _, _, _, rest in stages for what in rest)))
 
 
 @dataclass(frozen=True)
@@ -176,19 +179,28 @@ def _starred(path: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
 
 
-def _plan(candidates, config: LoRAConfig) -> tuple[list[tuple[torch.nn.Module, type, AdapterSpec]], set[str]]:
+@dataclass(frozen=True)
+class _Planned:
+    """One linear that is to be adapted."""
+
+    linear: torch.nn.Module
+    form: type[LoRALinear]
+    base: FrozenLinear
+    spec: AdapterSpec
+
+
+def _plan(candidates: list[tuple[str, torch.nn.Module]], config: LoRAConfig) -> tuple[list[_Planned], set[str]]:
     targets = Targets(config.target_modules, config.exclude_modules)
     plan = []
     for name, linear in candidates:
-        parts, found = targets.parts_of(name), adapted_class(linear)
-        if found is not None:
-            check_gradients(linear, name, found[1])
+        parts, kind, base = targets.parts_of(name), kind_of(linear), frozen_of(linear)
+        if base is not None:
+            check_gradients(base, name)
         if not parts:
             continue
-        if found is None:
+        if kind is None or base is None:
             raise ValueError(f"{name} is a {type(linear).__name__}, for which there is no LoRA form; exclude it")
-        lora_class, parallel = found
-        plan.append((linear, lora_class, spec_for(linear, name, parallel, parts, config)))
+        plan.append(_Planned(linear, kind.form, base, spec_for(base, name, parts, config)))
     return plan, targets.matched
 
 
@@ -209,81 +221,56 @@ def _require_input_grad(module, args, kwargs):
         hidden_states.requires_grad_(True)
 
 
-def pipeline_group():
-    """The pipeline group if there is more than one stage, else None."""
-    return _if_several(parallel_state.get_pipeline_model_parallel_group) if _model_parallel() else None
-
-
-def expert_group():
-    """The expert-parallel group if experts are spread over ranks, else None."""
-    return _if_several(parallel_state.get_expert_model_parallel_group) if _model_parallel() else None
-
-
-def _if_several(get_group):
-    group = get_group()
-    return group if group.size() > 1 else None
-
-
-def _all_gather(value, group) -> list:
-    if group is None:
-        return [value]
-    gathered = [None] * group.size()
-    dist.all_gather_object(gathered, value, group=group)
-    return gathered
-
-
-def _base_numel(chunk: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, int]]:
-    """Base parameters of a chunk and their sizes over all tensor- and expert-parallel ranks."""
+def _base_numel(chunk: torch.nn.Module) -> Iterator[tuple[bool, int]]:
+    """Of everything in the base of a chunk: does it train, and its size over all tensor- and expert-parallel ranks."""
     tp_size, etp_size, ep_size = (
         (
             parallel_state.get_tensor_model_parallel_world_size(),
             parallel_state.get_expert_tensor_parallel_world_size(),
             parallel_state.get_expert_model_parallel_world_size(),
         )
-        if _model_parallel()
+        if model_parallel()
         else (1, 1, 1)
     )
     for path, module in chunk.named_modules():
-        of_experts = in_experts(path)
-        shards = weight_shards(module, etp_size if of_experts else tp_size)
+        copies = ep_size if in_experts(path) else 1
+        base, shards = frozen_of(module), shards_of(module, etp_size if in_experts(path) else tp_size)
+        counted = base.parameters if base is not None and base.owns_weights else []
+        # The last stage's copy of tied embeddings is the first stage's parameter.
+        if counted and not any(_is_copy(parameter, chunk) for parameter in counted):
+            assert base is not None
+            numel = sum(math.prod(matrix.shape) for matrix in base.matrices())
+            yield counted[0].requires_grad, numel * shards * copies
         for name, parameter in module.named_parameters(recurse=False):
-            # The last stage's copy of tied embeddings is the first stage's parameter.
-            copied = getattr(parameter, "shared_embedding", False) and not _owns_embedding(chunk)
-            if not copied and not name.startswith("lora_"):
-                sharded = name.startswith("weight") or getattr(parameter, "tensor_model_parallel", False)
-                yield parameter, parameter.numel() * (shards if sharded else 1) * (ep_size if of_experts else 1)
+            if is_adapter(name) or any(parameter is one for one in counted) or _is_copy(parameter, chunk):
+                continue
+            sharded = name.startswith("weight") or getattr(parameter, "tensor_model_parallel", False)
+            yield parameter.requires_grad, parameter.numel() * (shards if sharded else 1) * copies
+
+
+def _is_copy(parameter: torch.nn.Parameter, chunk: torch.nn.Module) -> bool:
+    return getattr(parameter, "shared_embedding", False) and not getattr(unwrapped(chunk), "pre_process", True)
 
 
 def _report(
     chunks: Sequence[torch.nn.Module], linears: Sequence[LoRALinear], not_adaptable: tuple[str, ...]
 ) -> LoRAReport:
-    modules, adapter_bytes = [], 0
+    modules, adapter_bytes = [], sum(linear.lora_bytes() for linear in linears)
     for linear in linears:
-        projections, numel = tuple(part.name for part in linear.lora.parts), linear.lora_full_numel()
-        adapter_bytes += numel * linear.lora_A.element_size()
-        modules.append(AdaptedModule(linear.lora.name, projections, linear.lora.rank, numel))
-    trainable = sum(module.trainable for module in modules)
-    total = trainable
+        spec = linear.lora
+        projections = tuple(part.name for part in spec.parts)
+        modules.append(AdaptedModule(spec.name, projections, spec.rank, linear.lora_full_numel()))
+    trainable = total = sum(module.trainable for module in modules)
     for chunk in chunks:
-        for parameter, numel in _base_numel(chunk):
+        for trains, numel in _base_numel(chunk):
             total += numel
-            trainable += numel if parameter.requires_grad else 0
-    stages = _all_gather((modules, trainable, total, adapter_bytes), pipeline_group())
-    ordered = sorted((m for stage in stages for m in stage[0]), key=lambda m: _layer_order(m.name))
-    sums = (sum(stage[i] for stage in stages) for i in (1, 2, 3))
-    return LoRAReport(tuple(ordered), *sums, not_adaptable)
-
-
-def _model_parallel() -> bool:
-    return dist.is_initialized() and parallel_state.model_parallel_is_initialized()
-
-
-def _owns_embedding(chunk: torch.nn.Module) -> bool:
-    """Is this the pipeline chunk that owns the embedding?"""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return getattr(chunk, "pre_process", True)
-
-
-def _layer_order(name: str) -> tuple:
-    return tuple(int(piece) if piece.isdigit() else piece for piece in name.split("."))
+            trainable += numel if trains else 0
+    stages = all_gather_over(pipeline_group(), (modules, trainable, total, adapter_bytes))
+    ordered = sorted((m for stage in stages for m in stage[0]), key=lambda m: in_layer_order(m.name))
+    return LoRAReport(
+        tuple(ordered),
+        trainable_parameters=sum(stage[1] for stage in stages),
+        total_parameters=sum(stage[2] for stage in stages),
+        adapter_bytes=sum(stage[3] for stage in stages),
+        not_adaptable=not_adaptable,
+    )

@@ -6,7 +6,7 @@ Megatron fuses q, k, v into ``linear_qkv`` and gate, up into ``linear_fc1``. The
     linear_qkv: one run per query group, of h heads of d features
         [q q .. q k v] [q q .. q k v] ...    q: (0, h*d)  k: (h*d, d)  v: (h*d + d, d), stride (h+2)*d
     the same with an output gate: q_proj holds each head's gate too, [q g] head by head where Megatron has
-        [q .. q g .. g k v] ...              q: (0, 2*h*d), two pieces of h heads, stride (2*h+2)*d
+        [q .. q g .. g k v] ...              q: (0, 2*h*d), pieces of widths (d, d) a head, stride (2*h+2)*d
     linear_fc1, gated: one run each, F rows per shard and half
         [gate; up]                           gate: (0, F)  up: (F, F)
 
@@ -17,9 +17,13 @@ interleaves gate and up (design hazard 1).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from slime_plugins.lora.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,10 @@ class Part:
     stride: int
     """Distance in rows between the starts of two runs. With ``count > 1``, ``count * stride`` is all the rows."""
     count: int
-    pieces: int = 1
-    """Blocks of ``heads`` heads in each run, of which Hugging Face takes one head each in turn."""
     heads: int = 1
+    widths: tuple[int, ...] = ()
+    """Of the pieces of one head. A run is piece after piece, each of all ``heads`` heads; Hugging Face has head after
+    head, each of all pieces. () for a run that is in Hugging Face order."""
 
     @property
     def size(self) -> int:
@@ -49,8 +54,11 @@ class Part:
 
     def hf_order(self) -> torch.Tensor:
         """Positions in ``run_index`` in Hugging Face order: a permutation, the identity for most. int64 [size]."""
-        places = torch.arange(self.size).view(self.count, self.pieces, self.heads, -1)
-        return places.transpose(1, 2).reshape(-1)
+        if not self.widths:
+            return torch.arange(self.size)
+        pieces = torch.arange(self.length).split([self.heads * width for width in self.widths])
+        run = torch.cat([piece.view(self.heads, -1) for piece in pieces], dim=1).reshape(-1)
+        return (torch.arange(self.count)[:, None] * self.length + run).reshape(-1)
 
     def index(self) -> torch.Tensor:
         """Row numbers in the fused weight, in Hugging Face order. int64 [size]."""
@@ -89,12 +97,12 @@ def qkv_parts(
     """
     if num_heads % num_query_groups:
         raise ValueError(f"{num_heads} attention heads are not a multiple of {num_query_groups} query groups")
-    heads, pieces = num_heads // num_query_groups, 2 if gated else 1
-    q_rows = pieces * heads * head_dim
+    heads, widths = num_heads // num_query_groups, (head_dim,) * (2 if gated else 1)
+    q_rows = heads * sum(widths)
     stride = q_rows + 2 * head_dim
     q, k, v = names
     return (
-        Part(q, 0, q_rows, stride, num_query_groups, pieces, heads),
+        Part(q, 0, q_rows, stride, num_query_groups, heads, widths if gated else ()),
         Part(k, q_rows, head_dim, stride, num_query_groups),
         Part(v, q_rows + head_dim, head_dim, stride, num_query_groups),
     )
@@ -106,3 +114,46 @@ def gated_parts(rows: int, names=("gate_proj", "up_proj")) -> tuple:
         raise ValueError(f"a gated linear has an even number of rows, got {rows}")
     gate, up = names
     return (Part(gate, 0, rows // 2, rows, 1), Part(up, rows // 2, rows // 2, rows, 1))
+
+
+def _whole(name: str, leaves: tuple[str, ...], rows: int, config, shards: int) -> tuple[Part, ...]:
+    return (whole(leaves[0], rows),)
+
+
+def _gated(name: str, leaves: tuple[str, ...], rows: int, config, shards: int) -> tuple[Part, ...]:
+    if not config.gated_linear_unit:
+        raise UsageError(f"{name} is not gated; LoRA export knows gated MLPs (gate_proj, up_proj) only")
+    return gated_parts(rows, leaves)
+
+
+def _qkv(name: str, leaves: tuple[str, ...], rows: int, config, shards: int) -> tuple[Part, ...]:
+    if config.num_query_groups % shards:
+        raise UsageError(
+            f"tensor-parallel size {shards} cuts through the {config.num_query_groups} query groups of {name}; "
+            f"use one that divides {config.num_query_groups}"
+        )
+    parts = qkv_parts(
+        config.num_attention_heads // shards,
+        config.num_query_groups // shards,
+        config.kv_channels,
+        leaves,
+        gated=getattr(config, "attention_output_gate", False),
+    )
+    if sum(part.size for part in parts) != rows:
+        raise UsageError(
+            f"{name} has {rows} rows on this rank, not the {sum(part.size for part in parts)} of q, k and v; "
+            "extra rows cannot be adapted; exclude it"
+        )
+    return parts
+
+
+ROWS: dict[str, Callable[[str, tuple[str, ...], int, Any, int], tuple[Part, ...]]] = {
+    "whole": _whole,
+    "gated": _gated,
+    "qkv": _qkv,
+}
+"""Rule of ``names.Linear.rows`` -> the projections of one shard.
+
+Called with the linear's name (for messages), its Hugging Face leaves, the rows of this rank's shard, Megatron's
+TransformerConfig, and the number of shards. Raises UsageError for a shard that cannot be taken apart.
+"""

@@ -4,7 +4,7 @@ An entry of ``target_modules`` or ``exclude_modules`` is one of
     linear_qkv, mlp.linear_fc1                  a Megatron module: leaf name or dotted suffix
     q_proj, self_attn.o_proj                    one Hugging Face projection: q_proj alone is the q rows alone
     *.layers.0.*.linear_qkv, *.layers.[0-3].*   a wildcard (fnmatch) on the full name, in either vocabulary
-    all-linear                                  every linear that has a row in ``names.LINEARS``
+    all-linear                                  every linear of ``names.LINEARS`` but those adapted by name alone
     experts.linear_fc1, experts.gate_proj       the routed experts alone, always all of a layer
     shared_experts.linear_fc1, mlp.linear_fc1   the shared experts alone, the dense MLPs alone
     router, gate                                the router, which nothing else names
@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.names import BY_NAME_ONLY, hf_names, of_expert, spellings
+from slime_plugins.lora.names import hf_names, of_expert, record_of, spellings
 
 ALL_LINEAR = "all-linear"
 
@@ -62,10 +62,8 @@ class Targets:
 
 def _may_name(entry: str, megatron_name: str) -> bool:
     """The router is taken by its own name alone: not by all-linear, and not by a wildcard over a layer."""
-    path = megatron_name.split(".", 3)[-1]
-    if path not in BY_NAME_ONLY:
-        return True
-    return entry.rsplit(".", 1)[-1] in (path.rsplit(".", 1)[-1], *BY_NAME_ONLY[path][1])
+    record = record_of(megatron_name)
+    return not record.by_name_only or entry.rsplit(".", 1)[-1] in (record.path.rsplit(".", 1)[-1], *record.leaves)
 
 
 def _matches_any(entry: str, full_name: str) -> bool:

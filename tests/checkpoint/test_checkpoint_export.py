@@ -176,7 +176,7 @@ def test_refusals(made, tmp_path, capsys):
     wider = make_tiny(tmp_path / "wider", "qwen3", ffn=96, **sizes)
     run, base = str(out / "run"), str(out / "base")
     cases = [
-        (run, str(other), [], 1, "base weights differ in 1 of 1 layers"),
+        (run, str(other), [], 1, "base weights differ in 4 of 4 layers"),
         (run, str(other), ["--merge"], 1, "base weights differ"),
         (run, str(wider), [], 1, "ffn_hidden_size 80 in the checkpoint, 96 here"),
         (str(tmp_path), base, [], 2, "is no adapter checkpoint"),

@@ -193,6 +193,22 @@ def test_asynchronous_saves(pool2, hf_dir, tmp_path):
     ]
 
 
+def saves_through_another_wrapper(layout: Layout, hf_dir, path):
+    """The save is asked of the wrapped chunks; the next call is made with the chunks themselves."""
+    run = Run(layout, hf_dir, FUSED)
+    run.start()
+    chunks = [chunk.module for chunk in run.model]
+    with writing_when_told() as write:
+        save = save_adapter(run.model, path, step=1, async_save=True)
+        write.set()
+        step = load_adapter(chunks, path / "iter_0000001").step
+    return save.finished, step
+
+
+def test_an_asynchronous_save_is_the_models_however_it_is_wrapped(pool2, hf_dir, tmp_path):
+    assert pool2.run(saves_through_another_wrapper, hf_dir, tmp_path, tp=2) == [(True, 1)] * 2
+
+
 def full_disk(layout: Layout, hf_dir, path, async_save):
     """The disk of rank 1 is full."""
     run = Run(layout, hf_dir, FUSED)

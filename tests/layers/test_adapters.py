@@ -227,7 +227,7 @@ def merge_and_back(layout: Layout, hf_dir, dtype, lora_layout):
             inside = logits_of(chunks)
             for linear, weight in zip(iter_adapters(chunks), before):
                 differ.append(not torch.equal(linear.weight, weight))
-                expected = (weight.double() + linear.lora_delta_weight().double()).to(dtype)
+                expected = (weight.double() + linear.lora_update().double()).to(dtype)
                 rounded = rounded and (linear.weight.double() - expected.double()).abs().max() <= 2e-7 * (
                     1 if dtype == torch.float32 else 0
                 )

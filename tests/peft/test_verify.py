@@ -160,7 +160,7 @@ def test_a_lost_layer_without_a_base_is_a_warning(tmp_path, base):
     directory = foreign(tmp_path / "a", *adapter_dirs.adapter(linears))
     report = verify_adapter(directory)
     assert report.ok
-    assert "model.layers.*.self_attn.v_proj is adapted in 1 of 2 layers, not in 1" in report.warnings[0]
+    assert "model.layers.*.self_attn.v_proj is adapted in 1 of 2 layers, not in 1" in report.warnings[0].message
     (problem,) = verify_adapter(directory, base).problems
     assert problem.tensor == key_of("model.layers.1.self_attn.v_proj", "A")
 
@@ -172,7 +172,7 @@ def test_a_target_without_tensors(tmp_path, base):
     directory = foreign(tmp_path / "a", config, tensors)
     report = verify_adapter(directory)
     assert report.ok
-    assert "target_modules names 'c_attn', for which there is no tensor" in report.warnings[0]
+    assert "target_modules names 'c_attn', for which there is no tensor" in report.warnings[0].message
     assert verify_adapter(directory, base).ok
     config["target_modules"].append("v_proj")
     problems = verify_adapter(foreign(tmp_path / "b", config, tensors), base).problems
@@ -195,7 +195,7 @@ def test_per_expert_names(tmp_path):
     report = verify_adapter(foreign(tmp_path / "a", config, tensors), base)
     assert report.ok
     assert report.expected_modules == 18
-    assert idle in report.warnings[0]
+    assert idle in report.warnings[0].message
     tensors.pop(idle)
     tensors.pop(idle.replace("lora_B", "lora_A"))
     (problem,) = verify_adapter(foreign(tmp_path / "b", config, tensors), base).problems

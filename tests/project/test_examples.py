@@ -1,4 +1,5 @@
-"""The launch scripts, run for real against stand-ins for ray and slime; commands, code and names in README and docs.
+"""The launch scripts, run against stand-ins for ray and slime: what they submit, what they check, what they end.
+Commands, code and names in README and docs.
 
 Run: pytest tests/project/test_examples.py
 """
@@ -9,53 +10,26 @@ import importlib
 import os
 import re
 import shlex
+import shutil
+import socket
 import subprocess
 import warnings
 from pathlib import Path
 
 import pytest
+from launch_scripts import EXAMPLES, HARMFUL, SCRIPTS, Machine, free_ports
 
 from slime_plugins.lora.arguments import add_lora_arguments, validate_lora_args
 from slime_plugins.lora.cli import _build_parser
 from slime_plugins.lora.config import LoRAConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples" / "lora"
-SCRIPTS = sorted(EXAMPLES.glob("*.sh"))
-STAND_INS = {
-    # One argument per line, a blank line after each call.
-    "ray": 'printf "%s\\n" "$@" "" >>"$CALLS"',
-    "nvidia-smi": "for i in 0 1 2 3 4 5 6 7; do echo GPU $i: NV18; done",
-    "pkill": "true",
-    "sleep": "true",
-    # Nothing but ray may start anything.
-    "python3": "echo python3 called >&2; exit 9",
-}
 
 
 @pytest.fixture
-def submitted(tmp_path):
-    """Run a script; returns the arguments of every ``ray job submit``."""
-
-    def run(script: Path) -> list[list[str]]:
-        (tmp_path / "bin").mkdir()
-        for name, body in STAND_INS.items():
-            file = tmp_path / "bin" / name
-            file.write_text(f"#!/bin/bash\n{body}\n")
-            file.chmod(0o755)
-        models = tmp_path / "slime" / "scripts" / "models"
-        models.mkdir(parents=True)
-        for name in re.findall(r"scripts/models/([\w.-]+\.sh)", script.read_text()):
-            (models / name).write_text("MODEL_ARGS=(\n   --num-layers 36\n)\n")
-        calls = tmp_path / "calls"
-        environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(calls)}
-        environment |= {"SLIME_DIR": str(tmp_path / "slime"), "BASE_DIR": "/models", "HOME": str(tmp_path)}
-        done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        submits = [call.split("\n") for call in calls.read_text().split("\n\n") if call.strip()]
-        return [call[call.index("--") + 1 :] for call in submits if call[:2] == ["job", "submit"]]
-
-    return run
+def machine(tmp_path):
+    """Stand-ins for ray, slime, models and data, on two ports that nobody uses."""
+    return Machine(tmp_path / "a machine", free_ports())
 
 
 def flags_of(script: Path, group: str) -> list[str]:
@@ -79,10 +53,15 @@ def test_script_is_bash(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.name)
-def test_script_submits_flags_that_the_plugin_accepts(script, submitted):
-    jobs = submitted(script)
-    assert jobs
-    for job in jobs:
+def test_script_submits_flags_that_the_plugin_accepts(script, machine):
+    from slime_plugins.lora.slime.hooks.launch import SLIME_FLAGS
+
+    done = machine.run(script)
+    assert done.returncode == 0, done.stderr
+    assert len(machine.jobs) == (3 if "multi-task" in script.name else 1)
+    assert [call[0] for call in machine.calls] == ["ray"] * (1 + len(machine.jobs))
+    assert machine.calls[0][:3] == ["ray", "start", "--head"]
+    for job in machine.jobs:
         assert job[:2] == ["python3", "train.py"] or job[:2] == ["python3", "train_async.py"]
         args, others = parser_with_lr().parse_known_args(job[2:])
         assert args.use_lora
@@ -90,22 +69,115 @@ def test_script_submits_flags_that_the_plugin_accepts(script, submitted):
             warnings.simplefilter("error")  # a learning rate meant for full training warns
             validate_lora_args(args)
         LoRAConfig.from_args(args)
-        from slime_plugins.lora.slime.hooks.launch import SLIME_FLAGS
-
         unknown = {flag for flag in others if flag.startswith("--lora")}
         assert unknown <= {"--" + name.replace("_", "-") for name in SLIME_FLAGS}
-
-
-def test_every_block_of_the_qwen3_4B_script_reaches_the_job(submitted):
-    script = EXAMPLES / "run-qwen3-4B-lora.sh"
-    (job,) = submitted(script)
-    blocks = re.findall(r"^(\w+_ARGS)=\(", script.read_text(), re.M)
+    # every block that the script has reaches a job
+    text = script.read_text()
+    blocks = [name for name in re.findall(r"^(\w+_ARGS)=\(", text, re.M) if name != "JOB_ARGS"]
     assert "LORA_ARGS" in blocks
-    assert [flag for block in blocks for flag in flags_of(script, block) if flag not in job] == []
-    assert "--num-layers" in job  # the model's block, from slime's own file
-    args, _ = parser_with_lr().parse_known_args(job)
+    assert [flag for block in blocks for flag in flags_of(script, block) if flag not in machine.jobs[0]] == []
+    assert "--num-layers" in machine.jobs[0]  # the model's block, from slime's own file
+
+
+def test_the_qwen3_4B_script_trains_what_it_says(machine):
+    machine.run(EXAMPLES / "run-qwen3-4B-lora.sh")
+    args, _ = parser_with_lr().parse_known_args(machine.jobs[0])
     assert LoRAConfig.from_args(args).target_modules == ("all-linear",)
     assert 1e-5 <= args.lr <= 1e-4
+
+
+WRITTEN = ("Qwen3-4B_lora", "Qwen3-0.6B_lora", "Qwen3-30B-A3B_lora", "Qwen3-4B-Base_lora_sft", "Qwen3-4B_adapters")
+MISSING = {
+    "SLIME_DIR": lambda machine: shutil.rmtree(machine.slime),
+    "scripts/models": lambda machine: shutil.rmtree(machine.slime / "scripts/models"),
+    "patch apply --slime": lambda machine: shutil.rmtree(machine.slime / "slime_plugins/lora"),
+    "no --use-lora": lambda machine: (machine.slime / "slime/utils/arguments.py").write_text("x = 1\n"),
+    "MEGATRON_DIR": lambda machine: shutil.rmtree(machine.root / "Megatron-LM/megatron"),
+    "--hf-checkpoint": lambda machine: remove(machine, "*/config.json"),
+    "--ref-load": lambda machine: remove(machine, "*_torch_dist"),
+    "--prompt-data": lambda machine: remove(machine, "**/*.jsonl", "**/*.parquet"),
+    "--eval-prompt-data": lambda machine: remove(machine, "aime*/*", "gsm8k/test*"),
+    "--save": lambda machine: [(machine.base / name).write_text("a file") for name in WRITTEN],
+    "no GPU": lambda machine: (machine.root / "bin/nvidia-smi").write_text("#!/bin/bash\nexit 9\n"),
+}
+
+
+def remove(machine, *patterns):
+    for path in [path for pattern in patterns for path in machine.base.glob(pattern)]:
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.name)
+@pytest.mark.parametrize("missing", MISSING)
+def test_what_is_missing_is_named_before_anything_starts_or_stops(script, machine, missing):
+    text = script.read_text()
+    if (missing == "no GPU" and "NUM_GPUS=" in text) or (
+        missing in ("--ref-load", "--eval-prompt-data")
+        and not re.search(rf"{missing} .*(_torch_dist|test|aime)", text)
+    ):
+        pytest.skip("not for this script")
+    earlier = leave_a_process(machine, "any")
+    MISSING[missing](machine)
+    done = machine.run(script)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and missing in done.stderr
+    assert machine.calls == [] and earlier.poll() is None
+    earlier.kill()
+
+
+def leave_a_process(machine, run: str) -> subprocess.Popen:
+    """A process with the mark of a run, as that run's Ray would leave it."""
+    return subprocess.Popen(["sleep", "300"], env={**os.environ, "SLIME_LORA_RUN": run})
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.name)
+def test_only_what_the_same_run_left_is_stopped(script, machine):
+    first = machine.run(script)
+    assert first.returncode == 0
+    save = Path(machine.jobs[0][machine.jobs[0].index("--save") + 1])
+    run = save.parent if "multi-task" in script.name else save
+    same, other = leave_a_process(machine, str(run)), leave_a_process(machine, f"{run}-2")
+    unmarked = subprocess.Popen(["bash", "-c", "exec -a sglang sleep 300"])  # what slime's own scripts would end
+    done = machine.run(script)
+    assert done.returncode == 0 and f"stopping what an earlier start of {run} left: {same.pid}" in done.stdout
+    assert same.wait(10) == -15
+    assert other.poll() is None and unmarked.poll() is None
+    other.kill(), unmarked.kill()
+    assert not [call for call in machine.calls if call[0] in HARMFUL or call[:2] == ["ray", "stop"]]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_ray_of_somebody_else_is_left_alone(machine, which):
+    with socket.socket() as somebody:
+        somebody.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        somebody.bind(("127.0.0.1", machine.ports[which]))
+        somebody.listen()
+        done = machine.run(SCRIPTS[0])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(machine.ports[which]) in done.stderr
+    assert machine.calls == []
+
+
+def test_a_cluster_that_is_there_is_used_and_none_started(machine):
+    run = machine.base / "Qwen3-4B_lora"
+    earlier = leave_a_process(machine, str(run))
+    done = machine.run(EXAMPLES / "run-qwen3-4B-lora.sh", RAY_ADDRESS="http://head:8265")
+    assert done.returncode == 0 and earlier.poll() is None
+    earlier.kill()
+    (call,) = machine.calls
+    assert call[:4] == ["ray", "job", "submit", "--address=http://head:8265"]
+
+
+def test_a_task_that_does_not_exist_is_named_first(machine):
+    done = machine.run(EXAMPLES / "run-multi-task-lora.sh", "math", "mathe")
+    assert done.returncode == 2 and "unknown task mathe" in done.stderr and machine.calls == []
+    done = machine.run(EXAMPLES / "run-multi-task-lora.sh", "math")
+    assert done.returncode == 0 and len(machine.jobs) == 1
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.sh")), ids=lambda s: s.name)
+def test_no_script_ends_processes_by_name(script):
+    code = re.sub(r"^\s*#.*", "", script.read_text(), flags=re.M)
+    assert not re.search(r"\b(pkill|killall|fuser|ray stop|kill -9 -1)\b", code)
 
 
 # README and docs -----------------------------------------------------------------------------------------------------

@@ -5,24 +5,23 @@ pytest tests/rehearsal/test_rehearsal_pure.py
 
 import dataclasses
 import json
+import sys
 import types
 
 import pytest
 import torch
 
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.objectives.grpo import (
-    Batch,
-    clipped_policy_loss,
-    group_advantages,
-    grpo_loss,
-    k3,
-    make_batch,
-    sample_mean,
-)
+from slime_plugins.lora.objectives import OBJECTIVES, make_objective, objective_class, option_names
+from slime_plugins.lora.objectives.batch import Batch, make_batch
+from slime_plugins.lora.objectives.grpo import GRPO, clipped_policy_loss, group_advantages, k3, sample_mean
+from slime_plugins.lora.objectives.objective import ModelOutput
+from slime_plugins.lora.objectives.sft import SFT
 from slime_plugins.lora.rehearsal import outputs
+from slime_plugins.lora.rehearsal.encode import Encoder
+from slime_plugins.lora.rehearsal.rewards import exact, number
 from slime_plugins.lora.rehearsal.settings import Settings
-from slime_plugins.lora.rehearsal.task import exact, number, read_prompts, recall_prompts, shuffled
+from slime_plugins.lora.rehearsal.task import Keys, Prompt, read_prompts, recall_prompts, shuffled
 
 
 def test_group_advantages():
@@ -57,22 +56,62 @@ def test_sample_mean_counts_samples_not_tokens():
 
 
 def test_make_batch():
-    batch = make_batch([[5, 6, 7], [8]], [[1, 2], [3]], torch.tensor([1.0, -1.0]), multiple=4)
+    batch = make_batch([[5, 6, 7], [8]], [[1, 2], [3]], multiple=4, advantages=torch.tensor([1.0, -1.0]))
     assert batch.tokens.tolist() == [[5, 6, 7, 1, 2, 0, 0, 0], [8, 3, 0, 0, 0, 0, 0, 0]]
     assert batch.mask.tolist() == [[0, 0, 0, 1, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0, 0]]
     assert batch.lengths().tolist() == [5, 2]
     assert batch[1:].tokens.shape == (1, 8)
-    assert batch[1:].old_log_probs is None
+    more = batch.having(score=torch.arange(2))
+    assert {name: value.tolist() for name, value in more[1:].fields.items()} == {"advantages": [-1.0], "score": [1]}
+    assert "score" not in batch.fields
 
 
-def test_metrics_do_not_share_memory_with_the_loss():
+def output_of(log_probs):
+    """A model output whose tokens have these log-probs; asking for logits would be an error."""
+    return ModelOutput(None, first_column=0, vocab_size=0, token_log_probs=lambda: log_probs)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_metrics_do_not_share_memory_with_the_loss(name):
     """Megatron's schedule divides the loss in place; what is logged must not shrink with it."""
     zeros = torch.zeros(2, 3)
-    batch = Batch(zeros.long(), torch.tensor([[0.0, 1, 1]] * 2), torch.tensor([1.0, 2.0]), zeros, zeros)
-    loss, metrics = grpo_loss(zeros.clone().requires_grad_(), batch, eps_clip=0.2, kl_loss_coef=0.1)
+    batch = Batch(zeros.long(), torch.tensor([[0.0, 1, 1]] * 2), {"advantages": torch.tensor([1.0, 2.0])})
+    objective = make_objective(name, Settings())
+    batch = objective.prepare(batch).having(**dict.fromkeys(objective.computed, zeros))
+    loss, metrics = objective.loss(output_of((zeros - 0.5).requires_grad_()), batch)
+    before = metrics["loss"].item()
+    assert before == loss.item() != 0
     with torch.no_grad():
         loss /= 4
-    assert metrics["loss"].item() == -1.5
+    assert metrics["loss"].item() == before
+
+
+def test_log_probs_are_computed_once_and_only_if_asked_for():
+    asked = []
+    output = ModelOutput(torch.zeros(1, 2, 4), 0, 4, token_log_probs=lambda: asked.append(1) or torch.zeros(1, 2))
+    assert not asked, "an objective on logits must not pay for them"
+    assert output.log_probs is output.log_probs
+    assert len(asked) == 1
+
+
+def test_objectives_take_the_options_that_they_name():
+    assert option_names(GRPO) == ("eps_clip", "kl_loss_coef", "rollout_temperature")
+    assert make_objective("grpo", Settings(eps_clip=0.3)).eps_clip == 0.3
+    assert make_objective("grpo", Settings(rollout_temperature=0.7)).temperature == 0.7
+    assert make_objective("sft", Settings(rollout_temperature=0.7)).temperature == 1.0
+    assert {name: objective_class(name).rollouts for name in OBJECTIVES} == {"grpo": True, "sft": False}
+
+
+@pytest.mark.parametrize("cut", [1, 2, 4])
+def test_sft_is_the_mean_over_all_tokens_however_samples_are_cut(cut):
+    """A mean of the parts' means would weigh a token of a short response more."""
+    log_probs = -torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1.0]])
+    batch = SFT().prepare(Batch(torch.zeros(4, 6, dtype=torch.int64), mask))
+    size = 4 // cut
+    parts = [slice(start, start + size) for start in range(0, 4, size)]
+    losses = [SFT().loss(output_of(log_probs[rows]), batch[rows])[0] for rows in parts]
+    torch.testing.assert_close(sum(losses) / cut, -log_probs[mask > 0].mean())
 
 
 @pytest.mark.parametrize(
@@ -90,19 +129,19 @@ def test_broken_prompt_line(tmp_path, line, words):
     path = tmp_path / "p.jsonl"
     path.write_text('{"input": "a", "label": 1}\n\n' + line + "\n")
     with pytest.raises(ValueError) as info:
-        read_prompts(path, "input", "label")
+        read_prompts(path, Keys())
     assert words in str(info.value)
 
 
 def test_prompt_file(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"q": "a", "a": 12}\n{"q": [{"role": "user", "content": "b"}], "a": "c"}\n')
-    first, second = read_prompts(path, "q", "a")
+    first, second = read_prompts(path, Keys(input="q", label="a"))
     assert (first.prompt, first.label) == ("a", "12")
     assert second.prompt[0]["content"] == "b"
     path.write_text("\n")
     with pytest.raises(ValueError, match="no prompts"):
-        read_prompts(path, "q", "a")
+        read_prompts(path, Keys(input="q", label="a"))
 
 
 def test_shuffled_repeats_everything():
@@ -145,6 +184,19 @@ def test_rewards(reward, response, label, expected):
         ({"steps": 0}, "--steps 0"),
         ({"tp": 0}, "--tp 0"),
         ({"n_samples_per_prompt": 1}, "--n-samples-per-prompt 1"),
+        ({"objective": "sft"}, "--n-samples-per-prompt 16: --objective sft trains on the one response"),
+        ({"steps": 10**20}, "--steps 100000000000000000000: expected a whole number from 1 to"),
+        ({"tp": 10**9}, "processes on this machine, expected at most 64"),
+        ({"seed": 10**20}, "--seed 100000000000000000000: expected a whole number from 0 to"),
+        ({"seed": -1}, "--seed -1"),
+        ({"lr": float("nan")}, "--lr nan: expected a number above 0"),
+        ({"lr": float("inf")}, "--lr inf"),
+        ({"rollout_temperature": float("nan")}, "--rollout-temperature nan"),
+        ({"kl_loss_coef": float("nan")}, "--kl-loss-coef nan"),
+        ({"clip_grad": float("inf")}, "--clip-grad inf"),
+        ({"rollout_batch_size": 10**9}, "samples per step"),
+        ({"wandb_project": "x"}, "--wandb-project without --use-wandb"),
+        ({"load": "a", "lora_adapter_path": "b"}, "leave one of them out"),
         ({"lr": 0.0}, "--lr 0.0"),
         ({"rollout_temperature": -1.0}, "--rollout-temperature -1.0"),
         ({"kl_loss_coef": -0.1}, "--kl-loss-coef -0.1"),
@@ -158,7 +210,7 @@ def test_rewards(reward, response, label, expected):
 )
 def test_settings_are_checked(changes, words):
     with pytest.raises(UsageError) as info:
-        dataclasses.replace(Settings(), **changes).resolved().check()
+        dataclasses.replace(Settings(), **changes).check()
     assert words in str(info.value)
 
 
@@ -179,7 +231,8 @@ def test_out_is_claimed_or_refused(tmp_path):
     assert outputs.claim(out) is False
     (out / outputs.SETTINGS).write_text("{}")
     (out / outputs.ADAPTER).mkdir()
-    (out / outputs.METRICS).write_text(json.dumps({"step": 0}))
+    (out / outputs.METRICS).write_text(json.dumps({"step": 1}))
+    (out / outputs.SAMPLES).touch()
     (out / "notes.txt").write_text("mine")
     assert outputs.claim(out) is True
     assert sorted(path.name for path in out.iterdir()) == ["notes.txt", outputs.SETTINGS]
@@ -190,25 +243,63 @@ def test_out_is_claimed_or_refused(tmp_path):
         outputs.claim(out / "notes.txt")
 
 
-def test_curve_is_drawn(tmp_path):
-    outputs.draw_curve(tmp_path, [{"step": i, "reward": i / 9, "kl": 0.1 * i} for i in range(10)], "a title")
-    assert (tmp_path / outputs.CURVE).read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize("names", [("reward", "kl"), ("loss", "eval_reward")])
+def test_curve_is_drawn(tmp_path, names):
+    steps = [{"step": i, "reward": i / 9, "kl": 0.1 * i, "loss": -0.1 * i} for i in range(1, 10)]
+    path = outputs.draw_curve(tmp_path, steps, "a title", names)
+    assert path.name in outputs.CURVES
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_prompts_become_tokens(tmp_path, family):
     """As AutoTokenizer reads them for the family; a prompt of no token, which nothing can follow, is named."""
-    from transformers import AutoTokenizer
-
-    from slime_plugins.lora.rehearsal.rollout import Rollout
     from slime_plugins.lora.rehearsal.tiny import make_tiny
 
-    rollout = Rollout.__new__(Rollout)
-    rollout.tokenizer = AutoTokenizer.from_pretrained(make_tiny(tmp_path / "base", family))
-    rollout.settings = types.SimpleNamespace(apply_chat_template=False, rollout_max_response_len=2)
-    rollout.base = types.SimpleNamespace(config=types.SimpleNamespace(max_position_embeddings=5))
-    assert rollout.encode(["t10 t9", "t4"]) == [[10, 9], [4]]
+    encoder = Encoder.read(make_tiny(tmp_path / "base", family), apply_chat_template=False, max_positions=5)
+    assert encoder.template_unused
+    assert encoder.prompts(["t10 t9", "t4"], room=2) == [[10, 9], [4]]
+    assert encoder.pairs(["t10 t9"], ["t5 t6"], end=2) == ([[10, 9]], [[5, 6, 2]])
     with pytest.raises(ValueError, match="makes no token of the prompt ''"):
-        rollout.encode(["t4", ""])
+        encoder.prompts(["t4", ""], room=2)
     with pytest.raises(ValueError, match="a prompt of 4 tokens and --rollout-max-response-len 2 exceed"):
-        rollout.encode(["t4 t4 t4 t4"])
+        encoder.prompts(["t4 t4 t4 t4"], room=2)
+    with pytest.raises(ValueError, match="a prompt of 3 tokens and a response of 3 exceed this model's 5 positions"):
+        encoder.pairs(["t4 t4 t4"], ["t5 t6"], end=2)
+    encoder.tokenizer.chat_template = None
+    with pytest.raises(
+        UsageError, match=r"prompts that are lists of messages: the tokenizer of .* has no chat template"
+    ):
+        encoder.prompts([[{"role": "user", "content": "t4"}]], room=2)
+
+
+def test_prompt_lines_carry_response_and_metadata(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"input": "a", "answer": "b", "metadata": {"k": 1}}\n')
+    keys = Keys(label_required=False, response="answer")
+    assert read_prompts(path, keys) == [Prompt("a", None, "b", {"k": 1})]
+    path.write_text('{"input": "a", "answer": "b", "metadata": [1]}\n')
+    with pytest.raises(ValueError, match=r"p.jsonl:1: 'metadata' .--metadata-key. is .1., expected a JSON object"):
+        read_prompts(path, keys)
+    path.write_bytes(b'{"input": "\xff"}\n')
+    with pytest.raises(ValueError, match="not UTF-8"):
+        read_prompts(path, keys)
+
+
+def test_wandb_is_told_what_tensorboard_is(tmp_path, monkeypatch):
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda exit_code: calls.append(exit_code)
+    )
+    fake = types.SimpleNamespace(
+        login=lambda **options: calls.append(options), init=lambda **options: calls.append(options) or run
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    settings = Settings(use_wandb=True, wandb_key="secret", wandb_project="p", wandb_team="t")
+    with outputs.Recorder(tmp_path, settings) as recorder:
+        recorder.step({"step": 1, "reward": 0.5})
+    login, init, *rest = calls
+    assert login == {"key": "secret", "host": None}
+    assert (init["project"], init["entity"], init["config"]["lr"]) == ("p", "t", 5e-3)
+    assert rest == [(1, {"reward": 0.5}), 0]
+    assert "secret" not in (tmp_path / outputs.SETTINGS).read_text() + json.dumps(init["config"])

@@ -1,7 +1,7 @@
-"""One rollout's training on Megatron ranks equals GRPO written down plainly on transformers + PEFT, at any layout.
+"""Training on Megatron ranks equals GRPO and SFT written down plainly on transformers + PEFT, at any layout.
 
-Two optimizer steps on one rollout: the second is off-policy, so ratio, clipping and KL all count. The oracle shares
-no code with the trainer: its own masks, its own loss, torch's Adam, one process.
+GRPO: two optimizer steps on one rollout: the second is off-policy, so ratio, clipping and KL all count. SFT: loss and
+gradients of one step. The oracles share no code with the trainer: their own masks, their own loss, one process.
 
     pytest tests/rehearsal/test_rehearsal_trainer.py
 """
@@ -14,7 +14,7 @@ from harness import Layout
 from safetensors.torch import load_file
 
 from slime_plugins.lora.config import LoRAConfig
-from slime_plugins.lora.objectives.grpo import make_batch
+from slime_plugins.lora.objectives.batch import make_batch
 from slime_plugins.lora.rehearsal.settings import Settings
 from slime_plugins.lora.rehearsal.tiny import make_tiny
 
@@ -46,7 +46,7 @@ def train(layout: Layout, settings, start_dir, end_dir):
     trainer.optimizer.reload_model_params()
     trainer.export(str(start_dir))
     prompts, responses = samples()
-    metrics = trainer.train(make_batch(prompts, responses, ADVANTAGES, multiple=layout.tp))
+    metrics = trainer.train(make_batch(prompts, responses, multiple=layout.tp, advantages=ADVANTAGES))
     trainer.export(str(end_dir))
     before, after = trainer.base_checksums()
     assert before == after
@@ -116,7 +116,6 @@ def base(tmp_path_factory):
 def test_train_equals_oracle(pool2, base, tmp_path, layout, flags):
     sizes = {"tp": 1, **layout}
     settings = dataclasses.replace(SETTINGS, hf_checkpoint=str(base), **sizes, **flags)
-    settings = settings.resolved()
     results = [m for m in pool2.run(train, settings, tmp_path / "a", tmp_path / "b", **layout) if m is not None]
     expected, steps, tensors = oracle(base, tmp_path / "a")
     assert min(steps[0][2], steps[1][2]) > 0.001, "policy and reference must differ enough to mean something"
@@ -132,3 +131,112 @@ def test_train_equals_oracle(pool2, base, tmp_path, layout, flags):
         # Adam divides by the gradient's own size: rounding shows where a gradient is near zero.
         error = (tensor - tensors[name]).abs().max().item()
         assert error <= 1e-3 * SETTINGS.lr, f"{name}: {error:.2e}"
+
+
+GRADIENT_SCALE = 100.0
+
+
+def train_sft(layout: Layout, settings, start_dir, end_dir):
+    """One step that subtracts ``GRADIENT_SCALE`` times the gradient: Adam's, with an epsilon that outweighs it."""
+    import megatron.core.optimizer as megatron_optimizer
+    from adapted import randomize
+
+    from slime_plugins.lora.rehearsal.trainer import RankTrainer
+
+    config = megatron_optimizer.OptimizerConfig
+    megatron_optimizer.OptimizerConfig = lambda **options: config(**options, adam_eps=1e8)
+    try:
+        trainer = RankTrainer()
+        trainer.build(settings)
+    finally:
+        megatron_optimizer.OptimizerConfig = config
+    randomize(trainer.chunks)
+    trainer.optimizer.reload_model_params()
+    trainer.export(str(start_dir))
+    metrics = trainer.train(make_batch(*samples(), multiple=layout.tp))
+    trainer.export(str(end_dir))
+    return metrics
+
+
+def sft_oracle(hf_dir, start_dir):
+    """Loss and gradients by name; cross-entropy over one long row of logits."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, attn_implementation="eager")
+    model = PeftModel.from_pretrained(model, start_dir, is_trainable=True)
+    logits, targets = [], []
+    for prompt, response in zip(*samples()):
+        logits.append(model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1])
+        targets += response
+    loss = torch.nn.functional.cross_entropy(torch.cat(logits), torch.tensor(targets))
+    loss.backward()
+    return loss.item(), {n.replace(".default", ""): p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    "pool, layout, flags",
+    [
+        ("pool1", {}, {}),
+        ("pool2", {"tp": 2}, {"micro_batch_size": 2}),
+        ("pool2", {"tp": 2, "sp": True}, {}),
+        ("pool2", {"pp": 2}, {"micro_batch_size": 2}),
+        ("pool2", {}, {"dp": 2, "micro_batch_size": 1}),
+    ],
+    ids=["tp1", "tp2", "tp2-sp", "pp2", "dp2"],
+)
+def test_sft_equals_oracle(request, base, tmp_path, pool, layout, flags):
+    """Responses are of 1 to 5 tokens: a mean of means, over ranks or microbatches, would be another loss."""
+    settings = dataclasses.replace(
+        SETTINGS,
+        objective="sft",
+        hf_checkpoint=str(base),
+        n_samples_per_prompt=1,
+        num_steps_per_rollout=1,
+        lr=GRADIENT_SCALE * 1e8,
+        clip_grad=0.0,
+        **{"tp": 1, **layout, **flags},
+    )
+    ranks = request.getfixturevalue(pool)
+    results = [m for m in ranks.run(train_sft, settings, tmp_path / "a", tmp_path / "b", **layout) if m is not None]
+    loss, gradients = sft_oracle(base, tmp_path / "a")
+    assert sum(metrics["loss"] for metrics in results) / len(results) == pytest.approx(loss, rel=1e-5)
+    start, end = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "b"))
+    assert start.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        found = (start[name] - end[name]) / GRADIENT_SCALE
+        assert (found - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+def start(layout: Layout, settings, how, source, end_dirs):
+    """Adapters read from ``source``, written again, trained for a step, written again. Returns what the read gave."""
+    from slime_plugins.lora.rehearsal.trainer import RankTrainer
+
+    trainer = RankTrainer()
+    trainer.build(settings)
+    result = getattr(trainer, how)(str(source))
+    trainer.export(str(end_dirs[0]))
+    trainer.train(make_batch(*samples(), multiple=layout.tp))
+    trainer.export(str(end_dirs[1]))
+    return result
+
+
+@pytest.mark.parametrize("how", ["start_from_peft", "start_from_checkpoint", "load"])
+def test_starts_from_an_adapter(pool2, base, tmp_path, how):
+    """A PEFT directory, a checkpoint, and ``--load`` of what ``slime-lora import`` wrote, which is at no step."""
+    from slime_plugins.lora.checkpoint.from_peft import import_checkpoint
+
+    settings = dataclasses.replace(
+        SETTINGS, objective="sft", hf_checkpoint=str(base), n_samples_per_prompt=1, num_steps_per_rollout=1, lr=1e-3
+    )
+    pool2.run(train_sft, settings, tmp_path / "peft", tmp_path / "unused", tp=2)
+    import_checkpoint(tmp_path / "peft", base, tmp_path / "imported")
+    source = tmp_path / ("peft" if how == "start_from_peft" else "imported")
+    ends = (tmp_path / "read", tmp_path / "trained")
+    results = pool2.run(start, settings, "load" if how == "load" else "start_from", source, ends, tp=2)
+    assert set(results) == {0 if how == "load" else None}
+    was, read, trained = (load_file(d / "adapter_model.safetensors") for d in (tmp_path / "peft", *ends))
+    for name, tensor in was.items():
+        assert torch.equal(read[name], tensor), name
+        # Adam's first step is of the learning rate. From other values, as of masters that were not read, it is not.
+        assert 0 < (trained[name] - tensor).abs().max() <= 1.01 * settings.lr, name

@@ -6,6 +6,7 @@ pytest tests/rehearsal/test_rehearse.py -m slow    # the whole default run, othe
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -31,7 +32,7 @@ def cache(tmp_path_factory):
 def finished(cache, tmp_path_factory):
     """A short run at TP 2 with SP, its output and its directory."""
     out = tmp_path_factory.mktemp("runs") / "short"
-    with Rehearsal(out, cache, "--sp", *TINY) as run:
+    with Rehearsal(out, cache, "--sp", "--show-samples", "3", *TINY) as run:
         code, log = run.wait()
         assert code == 0, log
         assert not run.orphans()
@@ -46,8 +47,11 @@ def test_outputs(finished):
     assert 0 < summary["logits_max_abs_diff"] <= 1e-4
     assert 0 < summary["trainable_parameters"] < summary["total_parameters"]
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [step["step"] for step in steps] == [0, 1]
+    assert [step["step"] for step in steps] == [1, 2]
+    assert (summary["first_step"], summary["last_step"]) == (1, 2)
     assert steps[0]["reward"] == summary["reward_first"]
+    assert summary["reward_window"] == sum(step["reward"] for step in steps) / 2
+    assert steps[1]["eval_reward"] == summary["eval_reward_last"], "the built-in task brings held-out prompts"
     assert steps[0]["kl"] == 0.0, "the adapter starts as zero: policy and reference are the same numbers"
     assert steps[1]["kl"] > 0.0, "a reference with the adapters on would give zero here too"
     assert all(step["rollout_log_prob_abs_diff"] < 1e-5 for step in steps)
@@ -55,6 +59,22 @@ def test_outputs(finished):
     assert "tokens/s" in log
     assert (out / "reward.png").read_bytes().startswith(b"\x89PNG")
     assert any(file.name.startswith("events.") for file in (out / "tensorboard").iterdir())
+
+
+def test_what_was_sampled_is_seen(finished):
+    out, log = finished
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for step in steps:
+        mine = [s for s in samples if s["step"] == step["step"] and not s["held_out"]]
+        assert len(mine) == 8 * 4
+        assert sum(s["reward"] for s in mine) / len(mine) == step["reward"]
+    held_out = [s for s in samples if s["held_out"]]
+    assert {s["step"] for s in held_out} == {0, 2}
+    assert not {s["prompt"] for s in held_out} & {s["prompt"] for s in samples if not s["held_out"]}
+    first = samples[len(held_out) // 2]
+    assert f"  {first['prompt']!r} -> {first['response']!r}  reward {first['reward']:g}" in log
+    assert log.count("  reward 0\n") + log.count("  reward 1\n") == 3 * 2
 
 
 def test_adapter_is_good(finished, capsys):
@@ -107,17 +127,40 @@ def _post(url: str, body: dict, server: subprocess.Popen, log: Path, timeout: fl
         time.sleep(0.5)
 
 
-def test_ctrl_c_leaves_no_process(cache, tmp_path):
-    with Rehearsal(tmp_path / "run", cache, "--steps", "1000", *TINY[2:]) as run:
+@pytest.mark.parametrize(
+    "end, code, word", [(Rehearsal.ctrl_c, 130, "interrupted"), (Rehearsal.terminate, 143, "terminated")]
+)
+def test_ends_in_order_when_told_to(cache, tmp_path, capsys, end, code, word):
+    out, saved = tmp_path / "run", tmp_path / "saved"
+    flags = ["--save", str(saved), "--save-interval", "1", "--steps", "1000", *TINY[2:]]
+    with Rehearsal(out, cache, *flags) as run:
         run.wait_for("step 2/1000")
         assert any("RankTrainer" in command for command in run.processes().values())
-        run.ctrl_c()
-        code, log = run.wait(timeout=60)
-        assert code == 130, log
-        assert log.strip().endswith("slime-lora: interrupted")
+        end(run)
+        found, log = run.wait(timeout=60)
+        assert found == code, log
         assert not run.orphans()
-        # What has been learned until then is there.
-        assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    *_, last = log.strip().splitlines()
+    said, _, command = last.partition("; go on with: ")
+    assert said == f"slime-lora: {word}"
+    assert "Traceback" not in log
+    assert "SIGTERM received" not in log, "Ray prints a stack of its own"
+    # What has been learned until then is there,
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    # and the command printed goes on with this very run: with one step in all, it has none left to do.
+    name, *argv = shlex.split(command)
+    assert name == "slime-lora"
+    assert main([*argv, "--steps", "1"]) == 2
+    assert "--steps 1 leaves none to do" in capsys.readouterr().err
+
+
+def test_nothing_outlives_a_killed_run(cache, tmp_path):
+    """kill -9 while processes are starting, when Ray's own are the least aware of who started them."""
+    with Rehearsal(tmp_path / "run", cache, "--steps", "1000", *TINY[2:]) as run:
+        run.wait_for_processes("ray::")
+        os.kill(run.process.pid, signal.SIGKILL)
+        run.process.wait()
+        assert not run.orphans(patience=20)
 
 
 def test_crashed_rank_ends_the_run(cache, tmp_path):
@@ -143,6 +186,11 @@ def test_untrained_adapter_is_an_error(cache, tmp_path):
         code, log = run.wait()
         assert code == 1, log
         assert "never trained" in log
+        assert "in 2 of 2 steps no reward differed" in log
+        assert (
+            log.count("nothing to learn from in this step: all 32 answers got reward 0 (the usual cause: a chat") == 1
+        )
+        assert log.index("has a chat template") < log.index("starting 1 Megatron rank"), "known before"
         assert not run.orphans()
 
 
@@ -219,6 +267,13 @@ def flag(*flags, words):
         flag("--pp", "2", "--vpp", "1", words="--vpp 1"),
         flag("--hf-checkpoint", "x", words="go together"),
         flag("--save-interval", "2", words="--save-interval without --save"),
+        flag("--out", "", words="--out ''"),
+        flag("--lr", "nan", words="--lr nan"),
+        flag("--lora-alpha", "inf", words="LoRA alpha is inf"),
+        flag("--steps", "9" * 20, words="--steps 99999999999999999999"),
+        flag("--dp", "9" * 20, words="--dp 99999999999999999999"),
+        flag("--seed", "9" * 20, words="--seed 99999999999999999999"),
+        flag("--objective", "sft", "--eps-clip", "0.1", words="--eps-clip is read by --objective grpo"),
         flag("--load", "/nowhere", words="/nowhere is no adapter checkpoint"),
         flag("--no-lora-only-trainable", words="adapters alone"),
     ],
@@ -252,9 +307,12 @@ def test_learns(cache, tmp_path, flags):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_resumes_where_it_stopped(cache, tmp_path):
+@pytest.mark.parametrize(
+    "sizes", [TINY[2:], ["--objective", "sft", "--rollout-batch-size", "32"]], ids=["grpo", "sft"]
+)
+def test_resumes_where_it_stopped(cache, tmp_path, sizes):
     """Two steps, saved, two more: bit for bit the four steps that never stopped; also at another parallelism."""
-    sizes, saved = TINY[2:], ["--save", str(tmp_path / "saved")]
+    saved = ["--save", str(tmp_path / "saved")]
     for name, flags in (
         ("whole", ["--steps", "4", "--save", str(tmp_path / "all"), "--save-interval", "2"]),
         ("half", ["--steps", "2", *saved]),
@@ -269,7 +327,9 @@ def test_resumes_where_it_stopped(cache, tmp_path):
         assert torch.equal(tensor, rest[name]), name
         # Adam with a learning rate of 5e-3 over two steps, sums in another order.
         assert (tensor - pp[name]).abs().max() < 1e-3 * 5e-3, name
-    assert [json.loads(line)["step"] for line in (tmp_path / "rest" / "metrics.jsonl").open()] == [2, 3]
+    assert [json.loads(line)["step"] for line in (tmp_path / "rest" / "metrics.jsonl").open()] == [3, 4]
+    summary = json.loads((tmp_path / "rest" / "summary.json").read_text())
+    assert (summary["steps"], summary["first_step"], summary["last_step"]) == (2, 3, 4), "its own"
     assert main(["rehearse", "--out", str(tmp_path / "x"), "--steps", "4", "--load", str(tmp_path / "saved")]) == 2
 
 

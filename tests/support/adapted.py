@@ -11,9 +11,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from reference import adapter_values, draw
+from views import iter_linears
 
 from slime_plugins.lora import LoRAConfig, apply_lora
-from slime_plugins.lora.adapters import iter_adapters, iter_linears
 from slime_plugins.lora.names import hf_names, spellings
 from slime_plugins.lora.rehearsal.model import build_chunks
 
@@ -116,7 +116,7 @@ def set_values(chunks, values: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> 
 @torch.no_grad()
 def randomize(chunks, scale=0.05) -> None:
     """Non-zero A and B that are equal at every parallelism: drawn whole, by name, then cut."""
-    for linear in iter_adapters(chunks):
+    for linear in iter_linears(chunks):
         spec, tp_size = linear.lora, linear.lora_tp_size
         for i, part in enumerate(spec.parts):
             out = part.size * (tp_size if spec.parallel == "column" else 1)
@@ -177,8 +177,7 @@ def train_step(model, optimizer, tokens, *, microbatches=1):
 
 def main_grads(linear) -> tuple[torch.Tensor, torch.Tensor]:
     """DDP's gradients of A and B; of stacked experts, one expert's."""
-    owner, at = (linear.owner, linear.index) if hasattr(linear, "owner") else (linear, slice(None))
-    return owner.lora_A.main_grad[at], owner.lora_B.main_grad[at]
+    return linear.owner.lora_A.main_grad[linear.index], linear.owner.lora_B.main_grad[linear.index]
 
 
 def gradient_errors(model, ref_grads) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Tiny models with routed experts: a Hugging Face checkpoint, and the same base as Megatron chunks on every rank.
 
 ``qwen3_moe``, ``qwen2_moe`` (shared expert with a gate), ``glm4_moe`` (dense first layer, sigmoid router, shared
-expert), ``deepseek_v3`` (the same with MLA) and ``qwen3_next`` (gated attention in all layers, norms around 1).
+expert), ``deepseek_v3`` (the same with MLA) and ``qwen3_next`` (gated attention in all layers, norms around 0).
 Weights are cut by hand here, not by the code under test.
 """
 
@@ -222,9 +222,15 @@ def build_chunks(hf_dir, *, te=False, apply: Callable | None = None, **overrides
     config.transformer_impl_is_te = te
     first = get_transformer_layer_offset(config)
     specs = layer_specs(config, te)[first : first + get_num_layers_to_build(config)]
+
+    class NormAroundZero(RMSNorm):
+        def forward(self, x):
+            return torch.nn.functional.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
+
+    norm = NormAroundZero if config.layernorm_zero_centered_gamma else RMSNorm
     chunk = GPTModel(
         config,
-        TransformerBlockSubmodules(specs, layer_norm=RMSNorm),
+        TransformerBlockSubmodules(specs, layer_norm=norm),
         vocab_size=VOCAB,
         max_sequence_length=256,
         pre_process=mpu.is_pipeline_first_stage(),
@@ -285,8 +291,7 @@ def _load(chunk, weights: dict[str, torch.Tensor], config) -> None:
             leaf = name.split(".", 3)[3]
             value = _layer_value(leaf, f"model.layers.{layer}.", weights, config, tp, etp, first_expert)
         elif name == "decoder.final_layernorm.weight":
-            # Ours multiplies by it, also where the model's norms multiply by one more than their weights.
-            value = weights["model.norm.weight"] + float(config.layernorm_zero_centered_gamma)
+            value = weights["model.norm.weight"]
         elif name == "embedding.word_embeddings.weight":
             value = tp.of(weights["model.embed_tokens.weight"], 0)
         elif name == "output_layer.weight":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 
 import adapted
@@ -11,9 +12,10 @@ import torch
 import torch.distributed as dist
 from harness import Layout
 from megatron.core import parallel_state as mpu
+from views import iter_linears
 
 from slime_plugins.lora import adapters_disabled, apply_lora, merged
-from slime_plugins.lora.adapters import iter_adapters, iter_linears
+from slime_plugins.lora.adapters import iter_adapters
 
 RANK, ALPHA = 4, 6.0
 # ETP defaults to TP in Megatron; TP needs sequence parallelism there while training.
@@ -63,8 +65,9 @@ def parity(layout: Layout, hf_dir, te, config, values, ref_logits, ref_grads, ov
     return errors
 
 
-def parity_of_single_weights(layout: Layout, *args):
-    """``parity`` where TE holds the experts of a linear in one parameter, as its newer versions can."""
+@contextlib.contextmanager
+def single_grouped_weights():
+    """Inside, TE holds the experts of a linear in one parameter, as its newer versions can."""
     from transformer_engine.pytorch import GroupedLinear
 
     init, made = GroupedLinear.__init__, []
@@ -75,10 +78,15 @@ def parity_of_single_weights(layout: Layout, *args):
 
     GroupedLinear.__init__ = with_single_weight
     try:
-        return parity(layout, *args)
+        yield
     finally:
         GroupedLinear.__init__ = init
         assert set(made) == {3}
+
+
+def parity_of_single_weights(layout: Layout, *args):
+    with single_grouped_weights():
+        return parity(layout, *args)
 
 
 def train(layout: Layout, hf_dir, te, config, values, steps):
@@ -172,7 +180,7 @@ def router(layout: Layout, hf_dir, config):
         off = logits_of(layout, chunks)
         with torch.no_grad():
             for linear in iter_adapters(chunks):
-                linear.weight.add_(linear.lora_delta_weight())
+                linear.weight.add_(linear.lora_update())
         by_hand = logits_of(layout, chunks)
     assert not torch.allclose(on, off)
     return adapted.relative(on - by_hand, by_hand)
@@ -196,10 +204,15 @@ def imported(layout: Layout, hf_dir, adapter_dir, values):
     for linear in iter_linears(chunks):
         As, Bs = adapted.shard(linear, values)
         for i, (A, B) in enumerate(zip(As, Bs)):
-            spec = linear.lora
-            worst = max(worst, (spec.part_A(linear.lora_A, i) - A).abs().max().item())
-            worst = max(worst, (spec.part_B(linear.lora_B, i) - B).abs().max().item())
+            part_A, part_B = parts_of(linear, linear.lora_A, linear.lora_B, i)
+            worst = max(worst, (part_A - A).abs().max().item(), (part_B - B).abs().max().item())
     return worst
+
+
+def parts_of(linear, A, B, index: int):
+    """One projection's rows of A and B, in Hugging Face order, found from the row numbers of the base weight."""
+    start = index * linear.lora.rank if linear.lora.split else 0
+    return A[start : start + linear.lora.rank], B[adapted.rows_of_B(linear, index)]
 
 
 def save_trained(layout: Layout, hf_dir, config, values, path):
@@ -245,11 +258,12 @@ def shards_of(model, states: dict | None = None) -> dict:
     found = {}
     for linear in iter_linears(model):
         spec, tp_rank = linear.lora, linear.lora_tp_group.rank()
-        owner, at = (linear.owner, linear.index) if hasattr(linear, "owner") else (linear, slice(None))
+        owner, at = linear.owner, linear.index
         A_dim, B_dim = {"row": (1, None), "column": (None, 0)}.get(spec.parallel, (None, None))
         for name in ("value", "exp_avg", "exp_avg_sq") if states is not None else ("value",):
             A, B = ((p.detach() if name == "value" else states[p][name])[at] for p in (owner.lora_A, owner.lora_B))
             for i, part in enumerate(spec.parts):
-                found[spec.name, part.name, f"A {name}"] = spec.part_A(A, i).clone(), tp_rank, A_dim
-                found[spec.name, part.name, f"B {name}"] = spec.part_B(B, i).clone(), tp_rank, B_dim
+                part_A, part_B = parts_of(linear, A, B, i)
+                found[spec.name, part.name, f"A {name}"] = part_A.clone(), tp_rank, A_dim
+                found[spec.name, part.name, f"B {name}"] = part_B.clone(), tp_rank, B_dim
     return found

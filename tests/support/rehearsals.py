@@ -49,6 +49,17 @@ class Rehearsal:
         """As a terminal sends it: to the whole foreground process group."""
         os.killpg(self.process.pid, signal.SIGINT)
 
+    def terminate(self) -> None:
+        """As ``kill`` and a cluster's scheduler send it: to the one process."""
+        self.process.terminate()
+
+    def wait_for_processes(self, text: str, timeout: float = 60) -> None:
+        """Until one whose command line holds ``text`` lives."""
+        deadline = time.monotonic() + timeout
+        while not any(text in command for command in self.processes().values()):
+            assert time.monotonic() < deadline, f"no process {text!r} in {timeout} s:\n{self.log.read_text()}"
+            time.sleep(0.05)
+
     def processes(self) -> dict[int, str]:
         """Living processes of this run: pid -> command line."""
         found = {}

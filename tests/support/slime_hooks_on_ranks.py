@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from harness import Layout
 from megatron.core import parallel_state as mpu
+from views import iter_linears
 
 from slime_plugins.lora import LoRAConfig, adapters_disabled, merged
-from slime_plugins.lora.adapters import iter_adapters, iter_linears
+from slime_plugins.lora.adapters import iter_adapters, state_of
+from slime_plugins.lora.projections import Rounding
 
 CONFIG = LoRAConfig(rank=3, alpha=6.0)
 
@@ -49,7 +51,8 @@ def base_sum(model) -> int:
 
 def policies(layout: Layout, hf_dir):
     """Every policy that slime asks for, one after the other; returns what the outputs were."""
-    from slime_plugins.lora.slime.hooks.policies import Policies, other_policy, remember_base
+    from slime_plugins.lora.slime.hooks.base_check import remember_base
+    from slime_plugins.lora.slime.hooks.policies import Policies, other_policy
 
     slime_stand_ins.install()
     model = model_of(layout, hf_dir)
@@ -66,6 +69,10 @@ def policies(layout: Layout, hf_dir):
     store.backup("actor")
     load_other(actor, "ref", str(hf_dir))
     seen["tags"], seen["bytes"] = sorted(store.backup_tags), dict(store.host_bytes)
+    try:
+        store.restore("refs")
+    except ValueError as error:
+        seen["unknown"] = str(error)
     seen["sizes"] = [
         sum(p.numel() * p.element_size() for _, p in model[0].named_parameters()),
         sum(t.numel() * t.element_size() for linear in iter_adapters(model) for t in (linear.lora_A, linear.lora_B)),
@@ -183,7 +190,7 @@ def merged_sync(layout: Layout, hf_dir, dtype, offload: bool):
         "lazy": sorted(asked) == sorted(names * (1 if offload else 2)),
         "bytes": [one.bytes, bucket.bytes, sum(t.numel() * t.element_size() for t in expected.values())],
         "merged": [len(one.merged), len(adapted_names)],
-        "lost": [float(one.lost), float(one.update)],
+        "lost": [float(one.rounding.lost), float(one.rounding.size)],
         "freed": store._on_device is None,
     }
 
@@ -330,7 +337,8 @@ def metrics(layout: Layout, hf_dir):
             if linear.lora.name == "decoder.layers.1.mlp.linear_fc2":
                 linear.lora_B.zero_()
     dead = measure(model)["dead"]
-    model[0].lora_last_sync = Sync(None, {}, bytes=10.0, seconds=2.0, update=4.0, lost=1.0, merged={1})
+    rounding = Rounding(size=4.0, lost=1.0)
+    state_of(model).last_sync = Sync(None, {}, bytes=10.0, seconds=2.0, rounding=rounding, merged={1})
     last = mpu.is_pipeline_last_stage()
     step = measuring(lambda args, rollout_id, model: ({"loss": 1.0} if last else {}, 0.5))
     losses, grad_norm = step(None, 3, model)

@@ -17,8 +17,7 @@ from reference import draw
 
 from slime_plugins.lora import LoRAConfig
 from slime_plugins.lora.adapters import iter_adapters
-from slime_plugins.lora.layers import adapt, adapted_class, spec_for
-from slime_plugins.lora.layers.spec import base_weights
+from slime_plugins.lora.layers import adapt, frozen_of, kind_of, spec_for
 from slime_plugins.lora.names import hf_names
 
 HIDDEN, HEADS, GROUPS, HEAD_DIM = 24, 4, 2, 10
@@ -96,9 +95,9 @@ def _errors(layout, kind, return_bias, frozen, fusion, device):
         "lora_A": draw("A", 3, fan_in) / fan_in**0.5,
         "lora_B": draw("B", fan_out, 3),
     }
-    lora_class, parallel = adapted_class(linear)
-    numbers = tuple(range(len(hf_names(name))))
-    adapt(linear, lora_class, spec_for(linear, name, parallel, numbers, _CONFIG), None)
+    form, base = kind_of(linear).form, frozen_of(linear)
+    numbers, parallel = tuple(range(len(hf_names(name)))), base.parallel
+    adapt(linear, form, base, spec_for(base, name, numbers, _CONFIG), None)
     axis = {"column": {"weight": 0, "bias": 0, "lora_B": 0}, "row": {"weight": 1, "lora_A": 1}}.get(parallel, {})
     tp, group = layout.tp, mpu.get_tensor_model_parallel_group()
 
@@ -194,17 +193,16 @@ def grouped_alone(layout: Layout, leaf: str, rank: int, device: torch.device | N
         is_expert=True,
     ).to(device)
     name = f"decoder.layers.0.mlp.experts.{leaf}"
-    lora_class, parallel = adapted_class(linear)
-    lora_config = LoRAConfig(rank=rank, alpha=scale * rank)
-    spec = spec_for(linear, name, parallel, tuple(range(len(hf_names(name)))), lora_config)
-    adapt(linear, lora_class, spec, None)
+    form, base = kind_of(linear).form, frozen_of(linear)
+    spec = spec_for(base, name, tuple(range(len(hf_names(name)))), LoRAConfig(rank=rank, alpha=scale * rank))
+    adapt(linear, form, base, spec, None)
     A, B = draw("A", len(splits), rank, fan_in) / fan_in**0.5, draw("B", len(splits), fan_out, rank)
     linear.requires_grad_(False)
     for parameter, value in ((linear.lora_A, A), (linear.lora_B, B)):
         parameter.data.copy_(value)
         parameter.requires_grad_()
     weights = [draw(f"W{i}", fan_out, fan_in) / fan_in**0.5 for i in range(len(splits))]
-    for parameter, value in zip(base_weights(linear), weights):
+    for parameter, value in zip(base.parameters, weights):
         parameter.data.copy_(value)
     x, dy = draw("x", sum(splits), fan_in), draw("dy", sum(splits), fan_out)
     x_here = x.to(device).requires_grad_()

@@ -1,17 +1,33 @@
-"""What a Hugging Face checkpoint directory holds, from ``config.json`` and safetensors headers: no model is loaded."""
+"""What a Hugging Face checkpoint directory holds, from ``config.json`` and safetensors headers: no model is loaded.
+
+Names of modules are *canonical* elsewhere in this package (``model.layers.3.mlp.shared_experts.up_proj``); how a base
+spells them is known here alone: ``spelled`` and ``canonical``.
+
+Links in the directory are followed wherever they lead: caches of Hugging Face and serve directories are made of them.
+An index, which comes with the download, names plain files beside it and nothing else.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import struct
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.files.json_text import read_object
+from slime_plugins.lora.files.safetensors import Stored, read_header
+from slime_plugins.lora.names import spellings
+
+if TYPE_CHECKING:
+    import torch
+
+CANONICAL_LAYERS = "model.layers."
+LAYER_PREFIXES = (CANONICAL_LAYERS, "model.language_model.layers.", "language_model.model.layers.")
+"""What bases put before a layer's number: text models, and two generations of those that see images too."""
+MERGEABLE = ("F64", "F32", "BF16", "F16")
+"""Dtypes, in the words of safetensors, that an adapter can be merged into."""
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -19,42 +35,81 @@ _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _SAMPLE = 4096  # bytes from the start of each tensor that go into the fingerprint
 
 
-@dataclass(frozen=True)
-class Weight:
-    """One tensor of a checkpoint, not loaded."""
-
-    file: Path
-    dtype: str
-    """As safetensors writes it: ``BF16``, ``F32``, ``U8``, ..."""
-    shape: tuple[int, ...]
-    start: int
-    """Byte offset in the file."""
-    end: int
-
-
 class BaseCheckpoint:
-    """Names and shapes of a base model's weights.
+    """Names and shapes of a base model's weights, and their values when asked for.
 
     Raises:
         UsageError: the directory is not a Hugging Face checkpoint with safetensors.
-        ValueError: a file of it is damaged or missing.
+        ValueError, OSError: a file of it is damaged or missing.
     """
 
     def __init__(self, directory: str | os.PathLike):
         self.directory = Path(directory)
         self.config = self._config()
-        self.weights: dict[str, Weight] = {}
-        for path in self._files():
-            self.weights.update(_read_header(path))
+        self.weights: dict[str, Stored] = self._weights()
+
+    @classmethod
+    def of(cls, base: str | os.PathLike | BaseCheckpoint) -> BaseCheckpoint:
+        """The checkpoint itself, or that of a directory."""
+        return base if isinstance(base, BaseCheckpoint) else cls(base)
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The language model's part of ``config.json``: ``text_config`` where there is one."""
+        return self.config.get("text_config") or self.config
+
+    @property
+    def tied(self) -> bool:
+        """Is the output layer the embedding?"""
+        return bool(self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings")))
+
+    @property
+    def mla(self) -> bool:
+        """Multi-latent attention (DeepSeek-V3, Kimi-K2, Moonlight), where q_proj is a linear of its own?"""
+        return bool(self.text_config.get("kv_lora_rank"))
+
+    @cached_property
+    def layer_prefix(self) -> str:
+        """The one of ``LAYER_PREFIXES`` that this base's names have."""
+        return next((p for p in LAYER_PREFIXES if any(n.startswith(p) for n in self.weights)), CANONICAL_LAYERS)
+
+    @property
+    def embedding(self) -> str:
+        """Name of the embedding's weight, beside the layers."""
+        return f"{self.layer_prefix.removesuffix('layers.')}embed_tokens.weight"
+
+    def spelled(self, module: str) -> str:
+        """A canonical name of a module or a weight as this base has it; with its prefix, if there is none.
+
+        ``model.layers.3.mlp.shared_experts.up_proj`` -> ``model.language_model.layers.3.mlp.shared_expert.up_proj``.
+        """
+        name = module
+        if module.startswith(CANONICAL_LAYERS):
+            name = self.layer_prefix + module.removeprefix(CANONICAL_LAYERS)
+        found = (s for s in spellings(name) if s in self.linears or s in self.weights or f"{s}.weight" in self.weights)
+        return next(found, name)
+
+    def canonical(self, name: str) -> str:
+        """The inverse of ``spelled``. A name that is canonical already stays."""
+        if name.startswith(self.layer_prefix):
+            name = CANONICAL_LAYERS + name.removeprefix(self.layer_prefix)
+        return name.replace(".shared_expert.", ".shared_experts.")
+
+    def layer_of(self, name: str) -> int | None:
+        """Number of the layer that a weight of this base lies in; None for those outside of layers."""
+        if not name.startswith(self.layer_prefix):
+            return None
+        number = name.removeprefix(self.layer_prefix).partition(".")[0]
+        return int(number) if number.isascii() and number.isdecimal() and len(number) < 6 else None
 
     def linear_shape(self, module: str) -> tuple[int, int] | None:
-        """[out, in] of a linear; None when the base has no such module, or holds it packed (4-bit)."""
+        """[out, in] of a linear, by this base's name; None when it has no such module, or holds it packed (4-bit)."""
         weight = self.weights.get(f"{module}.weight")
-        if weight is None and module == "lm_head" and self.config.get("tie_word_embeddings"):
-            weight = self.weights.get("model.embed_tokens.weight")
+        if weight is None and module == "lm_head" and self.tied:
+            weight = self.weights.get(self.embedding)
         if weight is None or len(weight.shape) != 2 or weight.dtype not in _FLOATS:
             return None
-        return weight.shape
+        return weight.shape[0], weight.shape[1]
 
     @cached_property
     def linears(self) -> frozenset[str]:
@@ -62,71 +117,81 @@ class BaseCheckpoint:
         names = {name.removesuffix(".weight") for name, w in self.weights.items() if len(w.shape) == 2}
         names = {name for name in names if f"{name}.weight" in self.weights}
         names |= {name.removesuffix(".qweight") for name in self.weights if name.endswith(".qweight")}
-        if self.config.get("tie_word_embeddings"):
+        if self.tied:
             names.add("lm_head")
         return frozenset(name for name in names if "embed" not in name.rpartition(".")[2])
 
+    def read(self, name: str, *, dim: int | None = None, part: int = 0, parts: int = 1) -> torch.Tensor:
+        """One tensor, or the ``part``-th of ``parts`` equal slices along dimension 0 or 1. On the CPU.
+
+        Raises ValueError, OSError where the file is not what its header said.
+        """
+        stored = self.weights[name]
+        if dim is None or parts == 1:
+            return stored.read()
+        size = stored.shape[dim] // parts
+        wanted = slice(part * size, (part + 1) * size)
+        return stored.read(rows=wanted) if dim == 0 else stored.read(columns=wanted)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` that exist, of a matrix that may end before ``stop``."""
+        return self.weights[name].read(rows=slice(start, stop))
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over name, dtype, shape and the first 4 KiB of every weight, however they are spread over files.
 
         Two fine-tunes of one model have equal shapes; the samples tell them apart without reading gigabytes.
+        ``base.fingerprint.weights_digest`` is over every byte.
         """
         sha = hashlib.sha256()
         for name in sorted(self.weights):
             weight = self.weights[name]
             sha.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
-            with open(weight.file, "rb") as file:
-                file.seek(weight.start)
-                sha.update(file.read(min(_SAMPLE, weight.end - weight.start)))
+            sha.update(weight.bytes(0, _SAMPLE))
         return sha.hexdigest()
 
     def _config(self) -> dict[str, Any]:
         path = self.directory / "config.json"
-        if not path.is_file():
+        if not path.exists():
             raise UsageError(
                 f"{self.directory} has no config.json; expected the directory of a Hugging Face checkpoint"
             )
-        try:
-            return json.loads(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path}: not valid JSON: {error}") from error
+        config = read_object(path)
+        if not isinstance(config.get("text_config"), (dict, type(None))):
+            raise ValueError(f"{path}: text_config is {config['text_config']!r:.80}, expected an object")
+        return config
 
-    def _files(self) -> list[Path]:
+    def _weights(self) -> dict[str, Stored]:
+        weights: dict[str, Stored] = {}
+        files, named = self._files()
+        for path in files:
+            for name, stored in read_header(path).tensors.items():
+                if name in weights:
+                    raise ValueError(f"{self.directory}: {name} is in {weights[name].file.name} and in {path.name}")
+                weights[name] = stored
+        for name, file in named.items():
+            if name not in weights or weights[name].file.name != file:
+                raise ValueError(f"{self.directory}: {_INDEX} says that {name!r:.120} is in {file}, which has it not")
+        return weights
+
+    def _files(self) -> tuple[list[Path], dict[str, str]]:
+        """The safetensors files, and what the index says: name of a weight -> name of its file."""
         index = self.directory / _INDEX
-        if not index.is_file():
+        if not index.exists():
             single = self.directory / _SINGLE
-            if not single.is_file():
+            if not single.exists():
                 raise UsageError(f"{self.directory} has no {_SINGLE} and no {_INDEX}; other weight files are not read")
-            return [single]
-        try:
-            names = set(json.loads(index.read_bytes())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{index}: not a safetensors index: {error!r}") from error
-        files = [self.directory / name for name in sorted(names)]
-        missing = [file.name for file in files if not file.is_file()]
+            return [single], {}
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index}: not a safetensors index: its weight_map gives no file name for every weight")
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            if Path(name).name != name or "\0" in name or not name.endswith(".safetensors"):
+                raise ValueError(f"{index}: weight_map names {name!r:.120}, expected a .safetensors file beside it")
+        files = [self.directory / name for name in names]
+        missing = [file.name for file in files if not file.exists()]
         if missing:
             raise ValueError(f"{self.directory}: {_INDEX} names {', '.join(missing)}, which is not there")
-        return files
-
-
-def _read_header(path: Path) -> dict[str, Weight]:
-    """Tensors of one safetensors file: 8 bytes of header length, the header as JSON, then the data."""
-    size = path.stat().st_size
-    try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size:
-                raise ValueError(f"its header wants {length} bytes")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        base = 8 + length
-        weights = {
-            name: Weight(path, entry["dtype"], tuple(entry["shape"]), *(base + o for o in entry["data_offsets"]))
-            for name, entry in header.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({size} bytes): {error}") from error
-    end = max((weight.end for weight in weights.values()), default=base)
-    if end != size:
-        raise ValueError(f"{path}: truncated or damaged: {size} bytes where its header describes {end}")
-    return weights
+        return files, weight_map

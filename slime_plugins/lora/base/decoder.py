@@ -1,4 +1,4 @@
-"""A dense decoder as Hugging Face stores it: sizes, the tensors it must have, reading shards of them. No Megatron.
+"""A dense decoder as Hugging Face stores it: its sizes, and the tensors it must have. No Megatron.
 
 Everything that can be wrong with a directory is found from the config and the file headers, without torch, before any
 process starts.
@@ -6,18 +6,13 @@ process starts.
 
 from __future__ import annotations
 
-import contextlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from safetensors import safe_open
+from typing import Any
 
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
 
 # architecture -> (bias on q, k, v; RMSNorm on each q and k head)
 ARCHITECTURES = {
@@ -25,6 +20,10 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": (True, False),
     "Qwen3ForCausalLM": (False, True),
 }
+_LARGEST = 2**31 - 1
+"""Of any size in a config."""
+_MOST_LAYERS = 10_000
+"""Every layer has its names written out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,35 +71,36 @@ class HFBase:
         return base
 
     @classmethod
-    def _from_config(cls, config: dict, path: Path) -> HFBase:
+    def _from_config(cls, config: Any, path: Path) -> HFBase:
         config_file = path / "config.json"
-        architecture = (config.get("architectures") or [None])[0]
-        if architecture not in ARCHITECTURES:
+        if not isinstance(config, dict):
+            raise ValueError(f"{config_file}: expected a JSON object, got {type(config).__name__}")
+        named = config.get("architectures")
+        architecture = named[0] if isinstance(named, list) and named else None
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             raise ValueError(
-                f"{config_file}: architecture {architecture} is not supported, only {', '.join(ARCHITECTURES)}"
+                f"{config_file}: architecture {architecture!s:.80} is not supported, only {', '.join(ARCHITECTURES)}"
             )
         _refuse_unsupported(config, config_file, architecture)
         theta, llama3_rope = _rope(config, config_file)
-        try:
-            hidden, num_heads = config["hidden_size"], config["num_attention_heads"]
-            return cls(
-                path=path,
-                architecture=architecture,
-                num_layers=config["num_hidden_layers"],
-                hidden=hidden,
-                ffn=config["intermediate_size"],
-                num_heads=num_heads,
-                num_query_groups=config.get("num_key_value_heads") or num_heads,
-                head_dim=config.get("head_dim") or hidden // num_heads,
-                vocab_size=config["vocab_size"],
-                norm_eps=config.get("rms_norm_eps", 1e-6),
-                rope_theta=theta,
-                llama3_rope=llama3_rope,
-                tied=config.get("tie_word_embeddings", False),
-                max_positions=config.get("max_position_embeddings", 4096),
-            )
-        except KeyError as error:
-            raise ValueError(f"{config_file}: key {error} is missing") from None
+        read = _Sizes(config, config_file)
+        hidden, num_heads = read.size("hidden_size"), read.size("num_attention_heads")
+        return cls(
+            path=path,
+            architecture=architecture,
+            num_layers=read.size("num_hidden_layers", most=_MOST_LAYERS),
+            hidden=hidden,
+            ffn=read.size("intermediate_size"),
+            num_heads=num_heads,
+            num_query_groups=read.size("num_key_value_heads", num_heads),
+            head_dim=read.size("head_dim", max(hidden // num_heads, 1)),
+            vocab_size=read.size("vocab_size"),
+            norm_eps=read.number("rms_norm_eps", 1e-6),
+            rope_theta=theta,
+            llama3_rope=llama3_rope,
+            tied=read.flag("tie_word_embeddings"),
+            max_positions=read.size("max_position_embeddings", 4096),
+        )
 
     def _check_tensors(self, shapes: dict[str, tuple[int, ...]]) -> None:
         expected = self.shapes()
@@ -166,42 +166,6 @@ class HFBase:
             )
 
 
-class Weights:
-    """Reads tensors of a checkpoint, or slices of them. A context manager: files open on first use."""
-
-    def __init__(self, path: str | Path):
-        self._stack = contextlib.ExitStack()
-        self._files = {}
-        self._file_of = {name: weight.file for name, weight in BaseCheckpoint(path).weights.items()}
-
-    def _slice(self, name: str):
-        file = self._file_of[name]
-        if file not in self._files:
-            self._files[file] = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-        return self._files[file].get_slice(name)
-
-    def get(self, name: str, *, dim: int | None = None, part: int = 0, parts: int = 1) -> torch.Tensor:
-        """One tensor, or the ``part``-th of ``parts`` equal slices along ``dim``; only that much is read."""
-        view = self._slice(name)
-        if dim is None or parts == 1:
-            return view[:]
-        size = view.get_shape()[dim] // parts
-        rows = slice(part * size, (part + 1) * size)
-        return view[rows] if dim == 0 else view[:, rows]
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows ``start`` to ``stop`` that exist, of a matrix that may end before ``stop``."""
-        view = self._slice(name)
-        size = view.get_shape()[0]
-        return view[min(start, size) : min(stop, size)]
-
-    def __enter__(self) -> Weights:
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self._stack.close()
-
-
 def _refuse_unsupported(config: dict, config_file: Path, architecture: str) -> None:
     # Qwen2 has its q, k, v bias always and no o_proj bias; for the others attention_bias adds one to o_proj too.
     for key, supported in (
@@ -214,20 +178,60 @@ def _refuse_unsupported(config: dict, config_file: Path, architecture: str) -> N
         if key == "attention_bias" and architecture == "Qwen2ForCausalLM":
             continue
         if config.get(key, supported) != supported:
-            raise ValueError(f"{config_file}: {key} = {config[key]!r} is not supported, only {supported!r}")
+            raise ValueError(f"{config_file}: {key} = {config[key]!r:.80} is not supported, only {supported!r}")
 
 
 def _rope(config: dict, config_file: Path) -> tuple[float, dict | None]:
     """Base and llama3 scaling, from transformers 5's ``rope_parameters`` or the older pair of keys."""
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = scaling.get("rope_theta", config.get("rope_theta", 10000.0))
+    if not isinstance(scaling, dict):
+        raise ValueError(f"{config_file}: rope parameters are {scaling!r:.80}, expected an object")
+    read = _Sizes(scaling | {"rope_theta": scaling.get("rope_theta", config.get("rope_theta"))}, config_file)
+    theta = read.number("rope_theta", 10000.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return theta, None
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     if kind != "llama3" or any(key not in scaling for key in keys):
-        raise ValueError(f"{config_file}: rope type {kind!r} is not supported, only 'default' and 'llama3'")
+        raise ValueError(f"{config_file}: rope type {kind!r:.80} is not supported, only 'default' and 'llama3'")
+    for key in keys:
+        read.number(key)
     return theta, {key: scaling[key] for key in keys}
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Reads numbers out of a config that may hold anything. Each raises ValueError naming file, key and value."""
+
+    config: dict[str, Any]
+    file: Path
+
+    def size(self, key: str, default: int | None = None, *, most: int = _LARGEST) -> int:
+        """A whole number of at least 1; null counts as absent."""
+        value = self._value(key, default)
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"{self.file}: {key} is {value!r:.80}, expected a whole number from 1 to {most}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number above 0."""
+        value = self._value(key, default)
+        whole = type(value) is int and 0 < value <= _LARGEST
+        if not whole and not (isinstance(value, float) and math.isfinite(value) and value > 0):
+            raise ValueError(f"{self.file}: {key} is {value!r:.80}, expected a number above 0")
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self._value(key, False)
+        if not isinstance(value, bool):
+            raise ValueError(f"{self.file}: {key} is {value!r:.80}, expected true or false")
+        return value
+
+    def _value(self, key: str, default: Any) -> Any:
+        value = self.config.get(key)
+        if value is None and default is None:
+            raise ValueError(f"{self.file}: key {key!r} is missing")
+        return default if value is None else value
 
 
 def _listed(names, limit: int = 4) -> str:

@@ -1,23 +1,31 @@
-"""Which base an adapter belongs to: its architecture, and a checksum of every layer that no parallelism changes.
+"""Which base an adapter belongs to: its architecture, and a checksum of every part that no parallelism changes.
 
-A layer's checksum is the sum, and the sum of squares, of the float32 bit patterns of all its matrices, modulo 2**64.
+    architecture   sizes, by Megatron's names
+    dtype          that values are rounded to before their checksum
+    vocab_rows     of the embedding; where a model has more (padding), embedding and head are not compared
+    norms          what their weights are held around, 0 or 1; where that differs, vectors are not compared
+    layers         number -> checksum of all matrices of the layer
+    rest           ``embedding``, ``head``, ``norm`` (the last one), ``layers.N``: all vectors of layer N
+
 Sums do not depend on who holds which rows, nor on whether q, k, v are fused: a Megatron model at any parallelism and
-a Hugging Face directory give the same digits.
+a Hugging Face directory give the same digits. What only one side knows is not compared.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+from slime_plugins.lora.base.checkpoint import MERGEABLE, BaseCheckpoint
+from slime_plugins.lora.base.sums import added, checksum, digits, sums_of
 
-from slime_plugins.lora.base.checkpoint import BaseCheckpoint, Weight
-from slime_plugins.lora.base.weights import DTYPES, read_weight
+__all__ = [
+    "added", "architecture_of_hf", "architecture_of_model", "checksum", "differences", "digits", "dtype_of_hf",
+    "fingerprint_of_hf", "number_of_layers", "weights_digest",
+]  # fmt: skip
 
-_HF_LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_CHUNK = 1 << 24  # elements at a time: the bit patterns take 8 bytes each
 # Hugging Face config key(s) -> name here, which is Megatron's.
 _ARCHITECTURE = {
     "num_layers": ("num_hidden_layers",),
@@ -28,80 +36,138 @@ _ARCHITECTURE = {
     "kv_channels": ("head_dim",),
     "num_moe_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
 }
+_NO_PARAMETERS = ("rotary_emb.inv_freq", "e_score_correction_bias")
+"""Vectors in a layer of some bases that Megatron computes or holds as buffers."""
+_AROUND_ZERO = ("qwen3_next", "qwen3_5", "gemma")
+"""Families whose norms multiply by 1 + weight (Megatron's ``layernorm_zero_centered_gamma``)."""
+_NAMES = {"embedding": "the embedding", "head": "the output layer", "norm": "the last norm"}
 
 
-def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """int64 [2] on the tensor's device; adds up over the pieces of a tensor."""
-    total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
-    for piece in tensor.detach().reshape(-1).split(_CHUNK):
-        bits = piece.float().view(torch.int32).long()
-        total += torch.stack([bits.sum(), (bits * bits).sum()])
-    return total
+def architecture_of_hf(base: BaseCheckpoint | Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of a base from its ``config.json``. None for what it does not say.
 
-
-def digits(total: torch.Tensor) -> str:
-    """A checksum as text: 32 hexadecimal digits."""
-    return "".join(f"{value & (2**64 - 1):016x}" for value in total.tolist())
-
-
-def architecture_of_hf(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes of a base from its ``config.json``."""
-    found = {}
+    Raises ValueError for a size that is no number.
+    """
+    config = base.text_config if isinstance(base, BaseCheckpoint) else base.get("text_config") or base
+    found: dict[str, Any] = {}
     for name, keys in _ARCHITECTURE.items():
         found[name] = next((config[key] for key in keys if config.get(key) is not None), None)
-    if found["kv_channels"] is None and found["hidden_size"] and found["num_attention_heads"]:
+        if found[name] is not None and (type(found[name]) is not int or not 0 <= found[name] < 2**31):
+            raise ValueError(f"config.json: {keys[0]} is {found[name]!r:.80}, expected a whole number")
+    if config.get("kv_lora_rank"):
+        found["kv_channels"] = None  # latent attention has two head sizes; what is written in this field says neither
+    elif found["kv_channels"] is None and found["hidden_size"] and found["num_attention_heads"]:
         found["kv_channels"] = found["hidden_size"] // found["num_attention_heads"]
     return found
 
 
 def architecture_of_model(config) -> dict[str, Any]:
     """Sizes of a base from Megatron's TransformerConfig."""
-    return {name: getattr(config, name, None) for name in _ARCHITECTURE}
+    found = {name: getattr(config, name, None) for name in _ARCHITECTURE}
+    if getattr(config, "multi_latent_attention", False):
+        found["kv_channels"] = None
+    return found
 
 
-def fingerprint_of_hf(checkpoint: BaseCheckpoint, dtype: str, layers: Sequence[int]) -> dict[str, Any]:
-    """Fingerprint of a Hugging Face checkpoint as a model in ``dtype`` has it. Reads the given layers."""
+def fingerprint_of_hf(base: BaseCheckpoint, dtype: str, layers: Sequence[int]) -> dict[str, Any]:
+    """Fingerprint of a Hugging Face checkpoint as a model in ``dtype`` has it.
+
+    Every file is read once, the first time (see ``sums``). ``layers``: those whose matrices are wanted.
+
+    Raises:
+        ValueError: a matrix in them is not held in 16, 32 or 64 bits, or a config that is not one.
+    """
+    sums = sums_of(base, dtype)
+    matrices: dict[int, list[str]] = {n: [] for n in layers}
+    rest: dict[str, list[str]] = defaultdict(list)
+    outside = _outside(base)
+    for name, weight in base.weights.items():
+        layer, found = base.layer_of(name), sums[name].checksum
+        if layer in matrices and len(weight.shape) == 2:
+            if not found:
+                raise ValueError(
+                    f"{base.directory}: {name} is {weight.dtype}; expected one of {', '.join(MERGEABLE)} to compare"
+                )
+            matrices[layer].append(found)
+        elif not found:
+            continue
+        elif name in outside:
+            rest[outside[name]].append(found)
+        elif layer is not None and len(weight.shape) == 1 and not name.endswith(_NO_PARAMETERS):
+            rest[f"layers.{layer}"].append(found)
     return {
-        "architecture": architecture_of_hf(checkpoint.config),
+        "architecture": architecture_of_hf(base),
         "dtype": dtype,
-        "layers": {str(n): _hf_layer(checkpoint, n, getattr(torch, dtype)) for n in layers},
+        "layers": {str(n): added(found) for n, found in matrices.items()},
+        "rest": {part: added(found) for part, found in rest.items()},
+        "vocab_rows": base.weights[base.embedding].shape[0] if base.embedding in base.weights else None,
+        "norms": 0 if str(base.text_config.get("model_type")).startswith(_AROUND_ZERO) else 1,
     }
 
 
-def dtype_of_hf(checkpoint: BaseCheckpoint) -> str:
-    """Of the matrices of the first layer. Raises ValueError for one that is not held in 16, 32 or 64 bits."""
-    weight = next(_matrices(checkpoint, 0), None)
-    if weight is None or weight.dtype not in DTYPES:
-        found = weight.dtype if weight else "no matrix"
-        raise ValueError(f"{checkpoint.directory}: {found} in the first layer; expected one of {', '.join(DTYPES)}")
-    return str(DTYPES[weight.dtype]).removeprefix("torch.")
+def _outside(base: BaseCheckpoint) -> dict[str, str]:
+    """Weights outside of layers -> what they are called here."""
+    parent = base.embedding.removesuffix("embed_tokens.weight")
+    found = {base.embedding: "embedding", f"{parent}norm.weight": "norm"}
+    if not base.tied:
+        found |= {"lm_head.weight": "head", f"{parent.removesuffix('model.')}lm_head.weight": "head"}
+    return found
 
 
-def _hf_layer(checkpoint: BaseCheckpoint, layer: int, dtype: torch.dtype) -> str:
-    total = torch.zeros(2, dtype=torch.int64)
-    for weight in _matrices(checkpoint, layer):
-        total += checksum(read_weight(weight).to(dtype))
-    return digits(total)
+def number_of_layers(base: BaseCheckpoint) -> int:
+    """Of a base, from its config. Raises ValueError where that does not say."""
+    number = architecture_of_hf(base)["num_layers"]
+    held = {layer for layer in map(base.layer_of, base.weights) if layer is not None}
+    if not number or not set(range(number)) <= held:
+        raise ValueError(
+            f"{base.directory}: config.json says {number or 'nothing about'} layers, the files hold {len(held)}"
+        )
+    return number
 
 
-def _matrices(checkpoint: BaseCheckpoint, layer: int) -> Iterator[Weight]:
-    for name, weight in checkpoint.weights.items():
-        match = _HF_LAYER.match(name)
-        if match and int(match[1]) == layer and len(weight.shape) == 2:
-            yield weight
+def weights_digest(base: BaseCheckpoint, dtype: str | None = None) -> str:
+    """SHA-256 over name, dtype, shape and every byte of every weight, however they are spread over files.
+
+    ``dtype``: of other sums that the caller needs too; the digest does not depend on it.
+    """
+    sums = sums_of(base, dtype or dtype_of_hf(base))
+    sha = hashlib.sha256()
+    for name in sorted(base.weights):
+        weight = base.weights[name]
+        sha.update(f"{name} {weight.dtype} {list(weight.shape)} {sums[name].sha256}\n".encode())
+    return sha.hexdigest()
+
+
+def dtype_of_hf(base: BaseCheckpoint) -> str:
+    """Of the first matrix in a layer that is held in 16, 32 or 64 bits, as torch calls it; float32 without one."""
+    names = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    matrices = (w for n, w in base.weights.items() if base.layer_of(n) is not None and len(w.shape) == 2)
+    return next((names[weight.dtype] for weight in matrices if weight.dtype in names), "float32")
 
 
 def differences(saved: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """What tells the base of a checkpoint from another base; [] if nothing that both sides know does."""
-    found = []
-    for name, was in saved["architecture"].items():
-        now = other["architecture"].get(name)
-        if None not in (was, now) and was != now:
-            found.append(f"base {name} {was} in the checkpoint, {now} here")
+    unequal = _unequal(saved["architecture"], other["architecture"])
+    found = [f"base {name} {was} in the checkpoint, {now} here" for name, (was, now) in unequal.items()]
     if found or saved["dtype"] != other["dtype"]:  # equal weights in another dtype have other bits
         return found
-    changed = [int(n) for n, digest in saved["layers"].items() if other["layers"].get(n, digest) != digest]
-    if changed:
+    layers = _unequal(saved["layers"], other["layers"])
+    if layers:
         compared = len(saved["layers"].keys() & other["layers"].keys())
-        found.append(f"base weights differ in {len(changed)} of {compared} layers compared, from layer {min(changed)}")
+        first = min(map(int, layers))
+        found.append(f"base weights differ in {len(layers)} of {compared} layers compared, from layer {first}")
+    rest = _unequal(saved.get("rest") or {}, other.get("rest") or {})
+    if saved.get("vocab_rows") != other.get("vocab_rows"):  # what stands in padding rows is nobody's business
+        rest = {part: pair for part, pair in rest.items() if part not in ("embedding", "head")}
+    if saved.get("norms") != other.get("norms"):
+        rest = {part: pair for part, pair in rest.items() if part in ("embedding", "head")}
+    found += [f"{what} of the base differs" for part, what in _NAMES.items() if part in rest]
+    vectors = [int(part.removeprefix("layers.")) for part in rest if part.startswith("layers.")]
+    if vectors:
+        found.append(f"norms or biases of the base differ in {len(vectors)} layers, from layer {min(vectors)}")
     return found
+
+
+def _unequal(saved: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    pairs = {name: (was, other.get(name)) for name, was in saved.items()}
+    return {name: pair for name, pair in pairs.items() if None not in pair and pair[0] != pair[1]}

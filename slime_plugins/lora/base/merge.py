@@ -10,10 +10,10 @@ from typing import BinaryIO
 
 import torch
 
-from slime_plugins.lora.base.checkpoint import BaseCheckpoint, Weight
-from slime_plugins.lora.base.weights import DTYPES, read_weight
+from slime_plugins.lora.base.checkpoint import MERGEABLE, BaseCheckpoint
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.files.atomic import replaced_directory
+from slime_plugins.lora.files.safetensors import Stored
 from slime_plugins.lora.projections import Projection, Rounding, merge
 
 _COPY_BYTES = 1 << 24
@@ -39,7 +39,7 @@ def merge_weight(weight: torch.Tensor, projection: Projection, rounding: Roundin
 
 
 def merge_checkpoint(
-    projections: Iterable[Projection], hf_checkpoint: str | os.PathLike, out_dir: str | os.PathLike
+    projections: Iterable[Projection], hf_checkpoint: str | os.PathLike | BaseCheckpoint, out_dir: str | os.PathLike
 ) -> Rounding:
     """Write a copy of a base checkpoint with adapters merged in, whole or not at all.
 
@@ -48,12 +48,13 @@ def merge_checkpoint(
 
     Raises:
         UsageError: ``hf_checkpoint`` is no checkpoint, or ``out_dir`` holds something.
-        ValueError: an adapter that does not fit the base, or a base in a dtype that cannot be merged into.
+        ValueError: an adapter that does not fit the base, a base in a dtype that cannot be merged into, or one with a
+            file that is a link to elsewhere (those of a Hugging Face cache are followed).
     """
-    base, out = BaseCheckpoint(hf_checkpoint), Path(out_dir)
+    base, out = BaseCheckpoint.of(hf_checkpoint), Path(out_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is not empty; name another place for the merged model")
-    updates = {f"{p.name}.weight": p for p in projections}
+    updates = {f"{base.spelled(p.name)}.weight": p for p in projections}
     for name, projection in updates.items():
         _check(name, projection, base)
     files = sorted({weight.file for weight in base.weights.values()})
@@ -62,12 +63,21 @@ def merge_checkpoint(
         for entry in sorted(base.directory.iterdir()):
             other = entry.suffix not in _OTHER_WEIGHTS and entry.name != _ADAPTER_CONFIG
             if entry.is_file() and other and not entry.name.startswith("."):
+                _check_link(entry)
                 shutil.copyfile(entry, new / entry.name)
         for file in files:
             weights = {name: weight for name, weight in base.weights.items() if weight.file == file}
-            with open(file, "rb") as source, open(new / file.name, "wb") as target:
+            with next(iter(weights.values())).open() as source, open(new / file.name, "wb") as target:
                 _merge_file(source, target, weights, updates, rounding)
     return rounding
+
+
+def _check_link(entry: Path) -> None:
+    """What is copied may be published: nothing through a link out of the directory, but into a cache's blobs."""
+    target, home = Path(os.path.realpath(entry)), Path(os.path.realpath(entry.parent))
+    blobs = home.parent.parent / "blobs"
+    if entry.is_symlink() and not target.is_relative_to(home) and target.parent != blobs:
+        raise ValueError(f"{entry} is a link to {target}, outside of the checkpoint: not copied; put the file there")
 
 
 def _check(name: str, projection: Projection, base: BaseCheckpoint) -> None:
@@ -78,14 +88,14 @@ def _check(name: str, projection: Projection, base: BaseCheckpoint) -> None:
             f"the adapter of {projection.name} is for a {list(projection.shape)} matrix, but {base.directory} {has}; "
             "give the checkpoint that it was trained on"
         )
-    if weight.dtype not in DTYPES:
-        raise ValueError(f"{name} is {weight.dtype} in {base.directory}; merging needs one of {', '.join(DTYPES)}")
+    if weight.dtype not in MERGEABLE:
+        raise ValueError(f"{name} is {weight.dtype} in {base.directory}; merging needs one of {', '.join(MERGEABLE)}")
 
 
 def _merge_file(
     source: BinaryIO,
     target: BinaryIO,
-    weights: Mapping[str, Weight],
+    weights: Mapping[str, Stored],
     updates: Mapping[str, Projection],
     rounding: Rounding,
 ) -> None:
@@ -93,7 +103,7 @@ def _merge_file(
     for name, weight in sorted(weights.items(), key=lambda item: item[1].start):
         if name in updates:
             _copy(source, target, weight.start - source.tell())
-            merged = merge_weight(read_weight(weight), updates[name], rounding)
+            merged = merge_weight(weight.read(), updates[name], rounding)
             target.write(merged.contiguous().reshape(-1).view(torch.uint8).numpy())
             source.seek(weight.end)
     _copy(source, target, None)

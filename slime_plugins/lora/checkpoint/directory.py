@@ -19,6 +19,7 @@ from pathlib import Path
 
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.files.atomic import flush_tree, fsync, move_in
+from slime_plugins.lora.files.regular import read_small
 
 TRACKER = "latest_checkpointed_iteration.txt"
 ADAPTER_JSON = "adapter.json"
@@ -50,7 +51,7 @@ def find(path: str | os.PathLike) -> Path:
                 f"{path} has no {TRACKER}, so which checkpoint is the latest is not known; name one: {names}"
             )
         raise UsageError(f"{path} is no adapter checkpoint: it has neither {ADAPTER_JSON} nor {TRACKER}")
-    text = tracker.read_bytes().decode("ascii", errors="replace")
+    text = read_small(tracker, 1000).decode("ascii", errors="replace")
     word = text.strip()
     if not (word.isdecimal() and word.isascii()) and word != _RELEASE:
         raise ValueError(f"{tracker} is damaged: it holds {text!r}, expected a number or 'release'")

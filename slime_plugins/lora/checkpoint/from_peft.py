@@ -13,29 +13,35 @@ from slime_plugins.lora.checkpoint import directory, storage
 from slime_plugins.lora.checkpoint.manifest import Manifest
 from slime_plugins.lora.checkpoint.writer import complete, pack_common
 from slime_plugins.lora.config import LoRAConfig
-from slime_plugins.lora.names import hf_names
-from slime_plugins.lora.peft.read import PeftAdapter
+from slime_plugins.lora.names import hf_names, in_layer_order
+from slime_plugins.lora.peft.read import PeftAdapter, config_options
 from slime_plugins.lora.projections import Adapter
 
 
 def import_checkpoint(
     adapter_dir: str | os.PathLike, hf_checkpoint: str | os.PathLike, out: str | os.PathLike
-) -> tuple[Path, Manifest]:
+) -> tuple[Path, Manifest, str]:
     """Write ``out``/release, which ``load_adapter`` reads into a model of ``LoRAConfig.from_peft(adapter_dir)``.
 
-    Layout ``fused`` where the projections of every linear share their A, else ``split``. The first and the last
-    layer of the base are read, for the fingerprint that a load compares.
+    Layout ``fused`` where the projections of every linear share their A, else ``split``. The whole base is read, for
+    the fingerprint that a load compares.
 
+    Returns:
+        where it is, what it says, and what of the base was compared with what the adapter notes, for people.
     Raises:
         UsageError: ``hf_checkpoint`` is no checkpoint.
-        ValueError, OSError: the adapter is damaged, holds what Megatron cannot, or does not fit the base.
+        ValueError, OSError: the adapter is damaged, holds what Megatron cannot, does not fit the base, or was made for
+            another one.
     """
     checkpoint = BaseCheckpoint(hf_checkpoint)
-    config = LoRAConfig.from_peft(adapter_dir)
-    source = PeftAdapter(adapter_dir)
+    source = PeftAdapter(adapter_dir, checkpoint)
+    other, compared = source.tensors.other_base(checkpoint, full=True)
+    if other:
+        raise ValueError(f"{adapter_dir}: {other}")
+    config = LoRAConfig(**config_options(source))
     adapters: dict[str, Adapter] = {}
     shards: list[storage.Shard] = []
-    for linear, modules in sorted(source.linears().items(), key=lambda item: _order(item[0])):
+    for linear, modules in sorted(source.linears().items(), key=lambda item: in_layer_order(item[0])):
         split = config.layout == "split" and len(hf_names(linear)) > 1
         pairs = [source.pair(module) for module in modules]
         for module, (A, B) in zip(modules, pairs):
@@ -47,26 +53,22 @@ def import_checkpoint(
         for key, tensor in adapters[linear].tensors(pairs).items():
             whole = tensor.contiguous().clone()
             shards.append(storage.Shard(f"{linear}.{key}", whole, tuple(whole.shape), (0, 0)))
-    layers = base.architecture_of_hf(checkpoint.config)["num_layers"]
+    layers = range(base.number_of_layers(checkpoint))
     manifest = Manifest(
         step=None,
         config=config,
         adapters=adapters,
-        base=base.fingerprint_of_hf(checkpoint, base.dtype_of_hf(checkpoint), sorted({0, layers - 1})),
+        base=base.fingerprint_of_hf(checkpoint, base.dtype_of_hf(checkpoint), layers),
         optimizer=None,
         parallelism={"world": 0},  # of no run: it has no random states
     )
     staged = directory.stage(out, None)
     written = storage.write_shards(staged, 0, shards)
-    return complete(staged, [written], pack_common(), manifest), manifest
+    return complete(staged, [written], pack_common(), manifest), manifest, compared
 
 
 def _check_fits(checkpoint: BaseCheckpoint, module: str, A: torch.Tensor, B: torch.Tensor) -> None:
-    shape, found = (B.shape[0], A.shape[1]), checkpoint.linear_shape(module)
+    shape, found = (B.shape[0], A.shape[1]), checkpoint.linear_shape(checkpoint.spelled(checkpoint.canonical(module)))
     if found != shape:
         has = f"has {list(found)}" if found else "has none of that name"
         raise ValueError(f"{module} is adapted as a {list(shape)} matrix, but {checkpoint.directory} {has}")
-
-
-def _order(name: str) -> tuple:
-    return tuple(int(piece) if piece.isdigit() else piece for piece in name.split("."))

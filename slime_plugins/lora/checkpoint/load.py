@@ -79,7 +79,7 @@ def load_adapter(
             slot.parameter.copy_(weights[slot.parameter])
     if optimizer is not None:
         state.restart()
-    if wants_state:
+    if wants_state and manifest.optimizer is not None:
         state.restore(manifest.optimizer["states"], manifest.optimizer["scalars"], lambda p, name: states[p][name])
     same = parallelism() == manifest.parallelism
     if restore_rng and same:
@@ -105,7 +105,7 @@ def _compare(model, slots: list[Slot], manifest: Manifest, reader: TensorReader)
     """Raise ValueError on every rank, with all that this model and the checkpoint do not have alike."""
     adapters: dict[str, Any] = {}
     extents: dict[str, tuple] = {}
-    mine = {slot.key(piece): slot.extent(piece)[0] for slot in slots for piece in slot.pieces}
+    mine = {piece.name: slot.extent(piece)[0] for slot in slots for piece in slot.pieces}
     for part, keys in all_gather((adapters_of(model), mine)):
         adapters.update(part)
         extents.update(keys)
@@ -149,7 +149,8 @@ def _check_optimizer(
 
 def _stored(slot: Slot, piece: Piece, manifest: Manifest, reader: TensorReader) -> list[str]:
     """Optimizer states that the checkpoint holds of one piece."""
-    return stored_states(manifest.optimizer["states"], getattr(torch, reader.index[slot.key(piece)].dtype))
+    assert manifest.optimizer is not None, "asked for states that the checkpoint does not have"
+    return stored_states(manifest.optimizer["states"], getattr(torch, reader.index[piece.name].dtype))
 
 
 def _read(slots: list[Slot], manifest: Manifest, reader: TensorReader, wanted: bool):

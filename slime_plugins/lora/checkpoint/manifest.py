@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from slime_plugins.lora.checkpoint.directory import ADAPTER_JSON
-from slime_plugins.lora.config import LoRAConfig
+from slime_plugins.lora.config import DTYPES, LAYOUTS, LoRAConfig
+from slime_plugins.lora.files.json_text import read_json
+from slime_plugins.lora.files.regular import open_regular
+from slime_plugins.lora.names import hf_names
 from slime_plugins.lora.projections import Adapter
 from slime_plugins.lora.version import __version__
 
@@ -63,7 +67,7 @@ class Manifest:
         """
         path = directory / ADAPTER_JSON
         try:
-            content = json.loads(path.read_bytes())
+            content = read_json(path)
         except ValueError as error:
             raise ValueError(f"{path} is truncated or damaged: {error}") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -77,19 +81,42 @@ class Manifest:
         for name, expected in checksums.items():
             if name == "this file":
                 continue
-            if not (directory / name).is_file():
+            if Path(name).name != name:
+                raise ValueError(f"{path} speaks of {name!r:.80}, which is no file beside it")
+            if not (directory / name).exists():
                 raise ValueError(f"{directory / name} is missing")
             if file_digest(directory / name) != expected:
                 raise ValueError(f"{directory / name} is not the file that {ADAPTER_JSON} was written with: damaged")
+        try:
+            return cls._of(content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} does not describe an adapter checkpoint: {error!r:.200}") from error
+
+    @classmethod
+    def _of(cls, content: Mapping[str, Any]) -> Manifest:
+        """Raises ValueError, KeyError, TypeError, AttributeError for what was not written here."""
         adapters = {
             name: Adapter(**{key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()})
             for name, entry in content["adapters"].items()
         }
+        for name, adapter in adapters.items():
+            known = {full.rpartition(".")[2] for full in hf_names(name)}
+            same = len(adapter.projections) == len(adapter.ranks) == len(adapter.scalings) > 0
+            if not same or not known.issuperset(adapter.projections) or adapter.layout not in LAYOUTS:
+                raise ValueError(f"adapter of {name}")
+            whole = all(type(rank) is int and rank > 0 for rank in adapter.ranks)
+            if not whole or not all(map(math.isfinite, adapter.scalings)):
+                raise ValueError(f"ranks or scalings of {name}")
+        fingerprint = content["base"]
+        if not isinstance(fingerprint["dtype"], str) or fingerprint["dtype"] not in DTYPES:
+            raise ValueError(f"dtype of the base {fingerprint['dtype']!r:.40}")
+        if not isinstance(fingerprint["architecture"], dict) or not all(n.isdecimal() for n in fingerprint["layers"]):
+            raise ValueError("fingerprint of the base")
         return cls(
             step=content["step"],
             config=LoRAConfig(**content["config"]),
             adapters=adapters,
-            base=content["base"],
+            base=fingerprint,
             optimizer=content["optimizer"],
             parallelism=content["parallelism"],
         )
@@ -115,7 +142,7 @@ def adapter_differences(saved: Mapping[str, Adapter], model: Mapping[str, Adapte
 def file_digest(path: Path) -> str:
     """SHA-256 of a file."""
     sha = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while data := file.read(1 << 20):
             sha.update(data)
     return sha.hexdigest()

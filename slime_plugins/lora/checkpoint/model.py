@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,13 +11,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.utils import get_model_config
 
-from slime_plugins.lora.adapters import is_adapter, iter_adapters
-from slime_plugins.lora.base import fingerprint as base
+from slime_plugins.lora.adapters import base_parameters, iter_adapters, iter_carriers, state_of
+from slime_plugins.lora.base import fingerprint
+from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.checkpoint.storage import Shard, TensorReader
-from slime_plugins.lora.layers.pieces import Piece, Placement, pieces_of, placement_of
-from slime_plugins.lora.names import in_experts
+from slime_plugins.lora.layers import frozen_of
+from slime_plugins.lora.layers.pieces import Piece, Placement
+from slime_plugins.lora.names import in_experts, is_adapter
+from slime_plugins.lora.parallel import all_gather, chunks_of, on_rank_0
 from slime_plugins.lora.projections import Adapter
 
 _LAYER = re.compile(r"(?:module\.)*decoder\.layers\.\d+")
@@ -30,22 +35,14 @@ class Slot:
     pieces: tuple[Piece, ...]
     place: Placement
 
-    def key(self, piece: Piece) -> str:
-        """Of the weight."""
-        return f"{piece.linear}.{piece.key}"
-
     def state_key(self, piece: Piece) -> str:
         """Of the optimizer's states: one tensor [states, ...], as every record costs 1.6 kB of header."""
-        return f"optimizer.state.{self.key(piece)}"
+        return f"optimizer.state.{piece.name}"
 
     def extent(self, piece: Piece) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Shape of the whole tensor, and offset and shape of this rank's part."""
         local = tuple(piece.take(self.parameter).shape)
-        whole, offset = list(local), [0] * len(local)
-        if piece.sharded_dim is not None:
-            whole[piece.sharded_dim] *= self.place.num_shards
-            offset[piece.sharded_dim] = self.place.shard * local[piece.sharded_dim]
-        return tuple(whole), tuple(offset), local
+        return (*self.place.extent(piece, local), local)
 
     def shards(self, states: Sequence[torch.Tensor]) -> Iterator[Shard]:
         """What this rank writes: the weight, and optimizer states of the parameter's shape. Copies to the CPU."""
@@ -55,7 +52,7 @@ class Slot:
             whole, offset, _ = self.extent(piece)
             weight = piece.take(self.parameter.detach())
             weight = weight.to("cpu", copy=True, memory_format=torch.contiguous_format)
-            yield Shard(self.key(piece), weight, whole, offset)
+            yield Shard(piece.name, weight, whole, offset)
             if states:
                 stacked = torch.stack([piece.take(state).float() for state in states]).cpu()
                 yield Shard(self.state_key(piece), stacked, (len(states), *whole), (0, *offset))
@@ -65,7 +62,7 @@ class Slot:
         parts = []
         for piece in self.pieces:
             _, offset, local = self.extent(piece)
-            parts.append(reader.read(self.key(piece), offset, local))
+            parts.append(reader.read(piece.name, offset, local))
         return self._joined(parts)
 
     def read_states(self, reader: TensorReader, count: int) -> list[torch.Tensor]:
@@ -86,67 +83,108 @@ class Slot:
 def slots_of(model) -> list[Slot]:
     """Every adapter parameter of this rank, in model order."""
     return [
-        Slot(linear._parameters[name], pieces, placement_of(linear))
-        for linear in iter_adapters(model)
-        for name, pieces in pieces_of(linear).items()
+        Slot(carrier.lora_parameters()[name], pieces, carrier.lora_placement())
+        for carrier in iter_carriers(model)
+        for name, pieces in carrier.lora_pieces().items()
     ]
 
 
 def adapters_of(model) -> dict[str, Adapter]:
-    """This rank's adapters by name."""
-    return {one.lora.name: one.lora.record for linear in iter_adapters(model) for one in linear.lora_linears()}
-
-
-def trained_base(model) -> list[str]:
-    """Names of this rank's parameters that train and belong to no adapter."""
-    return [name for _, name, p in _base_parameters(model) if p.requires_grad]
-
-
-def _base_parameters(model) -> Iterator[tuple[torch.nn.Module, str, torch.nn.Parameter]]:
-    for chunk in model if isinstance(model, (list, tuple)) else [model]:
-        for name, parameter in chunk.named_parameters():
-            if not is_adapter(name):
-                yield chunk, name, parameter
+    """This rank's adapters by name, experts one by one."""
+    specs = [linear.lora for linear in iter_adapters(model)]
+    return {one.name: one.record for spec in specs for one in spec.one_by_one()}
 
 
 def fingerprint_of_model(model) -> dict[str, Any]:
     """The base's sizes and one checksum per layer, equal at every parallelism.
 
-    Layers whose weights are packed (4-bit) are left out: their bits are not the base's.
+    Computed once for a base, and anew where one of its tensors has been written to or replaced since.
 
     Collectives:
-        all_gather over the (expert-)tensor-parallel groups, one all_reduce over the world.
+        an all_gather_object over the world; if anything is new, an all_gather over the (expert-)tensor-parallel groups
+        and one all_reduce over the world.
     """
-    chunks = list(model) if isinstance(model, (list, tuple)) else [model]
+    chunks = chunks_of(model)
+    state, marks = state_of(model), _marks(chunks)
+    known = state.fingerprint is not None and state.fingerprint[0] == marks
+    if not all(all_gather(known)):
+        state.fingerprint = marks, _fingerprint(chunks)
+    return state.fingerprint[1]
+
+
+def _marks(chunks: Sequence[torch.nn.Module]) -> list[tuple[int, int]]:
+    """What changes when a base parameter is written to in place, or gets other memory."""
+    return [(parameter.data_ptr(), parameter._version) for _, parameter in base_parameters(chunks)]
+
+
+def _fingerprint(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     config = get_model_config(chunks[0])
-    numbers = {chunk: _layer_numbers(chunk) for chunk in chunks}
-    layers, sums, experts = [], [], []
-    packed = torch.zeros(config.num_layers, 1, dtype=torch.int64)
-    dtype = None
-    for chunk, name, parameter in _base_parameters(chunks):
-        match = _LAYER.match(name)
-        if match and parameter.dim() == 2:
-            layer = numbers[chunk][match[0]]
-            if parameter.dtype.is_floating_point:
-                layers.append(layer)
-                sums.append(base.checksum(parameter))
-                experts.append(in_experts(name))
-                dtype = dtype or parameter.dtype
-            else:
-                packed[layer] = 1
-    totals = torch.zeros(config.num_layers, 2, dtype=torch.int64)
-    for layer, total in zip(layers, _over_shards(sums, experts)):
-        totals[layer] += total
-    totals = torch.cat([totals, packed], dim=1)
+    names = [f"{kind}{n}" for kind in ("", "layers.") for n in range(config.num_layers)]
+    names += ["embedding", "head", "norm"]
+    found, local, dtype = [], [], None
+    for chunk in chunks:
+        for name, path, tensor in _base_parts(chunk):
+            dtype = dtype or (tensor.dtype if name.isdecimal() else None)
+            found.append((name, path))
+            local.append(fingerprint.checksum(tensor.to(dtype or config.params_dtype)))
+    sums = _over_shards(local, [in_experts(path) for _, path in found])
+    # Sum, sum of squares, how many tensors there are, how many cannot be compared: of every part, over all ranks.
+    totals = torch.zeros(len(names), 4, dtype=torch.int64)
+    for (name, path), total in zip(found, sums):
+        totals[names.index(name)] += torch.cat([total, torch.tensor([1, int(_is_foreign(path))])])
     if dist.is_initialized():
         device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
         totals = totals.to(device)
         dist.all_reduce(totals)
-    return {
-        "architecture": base.architecture_of_model(config),
-        "dtype": str(dtype or config.params_dtype).removeprefix("torch."),
-        "layers": {str(n): base.digits(row[:2]) for n, row in enumerate(totals.cpu()) if row[2] == 0},
+    digits = {
+        name: fingerprint.digits(row[:2])
+        for name, row in zip(names, totals.cpu())
+        if name.isdecimal() or (row[2] > 0 and row[3] == 0)
     }
+    return {
+        "architecture": fingerprint.architecture_of_model(config),
+        "dtype": str(dtype or config.params_dtype).removeprefix("torch."),
+        "layers": {name: value for name, value in digits.items() if name.isdecimal()},
+        "rest": {name: value for name, value in digits.items() if not name.isdecimal()},
+        "vocab_rows": max(all_gather(_vocab_rows(chunks))),
+        "norms": 0 if getattr(config, "layernorm_zero_centered_gamma", False) else 1,
+    }
+
+
+def _base_parts(chunk: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Part of the fingerprint, path of its module, and value, of every tensor of a chunk's base, as it multiplies."""
+    numbers = _layer_numbers(chunk)
+    for path, module in chunk.named_modules():
+        layer = _LAYER.match(path)
+        base = frozen_of(module)
+        counted = base.parameters if base is not None and base.owns_weights else []
+        if base is not None and counted and layer:
+            yield from ((str(numbers[layer[0]]), path, matrix) for matrix in base.matrices())
+        for name, parameter in module.named_parameters(recurse=False):
+            if is_adapter(name) or (layer and any(parameter is one for one in counted)):
+                continue
+            if layer and parameter.dim() <= 2:
+                number = numbers[layer[0]]
+                yield str(number) if parameter.dim() == 2 else f"layers.{number}", path, parameter
+            elif not layer:
+                outside = next((part for end, part in _OUTSIDE.items() if path.endswith(end)), None)
+                tied_head = outside == "head" and getattr(parameter, "shared_embedding", False)
+                if outside is not None and not tied_head:
+                    yield outside, path, parameter
+
+
+_OUTSIDE = {"embedding.word_embeddings": "embedding", "output_layer": "head", "decoder.final_layernorm": "norm"}
+
+
+def _is_foreign(path: str) -> bool:
+    """Is this in a module that slime takes from Hugging Face, whose vectors need not have the checkpoint's dtype?"""
+    return ".linear_attn" in path
+
+
+def _vocab_rows(chunks: Sequence[torch.nn.Module]) -> int:
+    """Rows of the whole embedding, with Megatron's padding; 0 on a stage without it."""
+    found = (module for chunk in chunks for module in chunk.modules() if isinstance(module, VocabParallelEmbedding))
+    return next((module.num_embeddings for module in found), 0)
 
 
 def _layer_numbers(chunk: torch.nn.Module) -> dict[str, int]:
@@ -205,3 +243,25 @@ def parallelism() -> dict[str, int]:
         "cp": mpu.get_context_parallel_world_size(),
         "ep": mpu.get_expert_model_parallel_world_size(),
     }
+
+
+def other_base(model, hf_checkpoint: str | os.PathLike) -> list[str]:
+    """What tells the base of a model from that of a Hugging Face directory; [] if nothing that both sides know does.
+
+    Every file of the directory is read once, the first time. A quantised directory is not comparable: [].
+
+    Collectives:
+        those of ``fingerprint_of_model``, one broadcast_object_list.
+    Raises:
+        UsageError, ValueError, OSError: on every rank, a directory that is none, or is damaged.
+    """
+    ours = fingerprint_of_model(model)
+
+    def compare() -> list[str]:
+        checkpoint = BaseCheckpoint(hf_checkpoint)
+        if checkpoint.config.get("quantization_config") is not None:
+            return []
+        layers = [int(number) for number in ours["layers"]]
+        return fingerprint.differences(fingerprint.fingerprint_of_hf(checkpoint, ours["dtype"], layers), ours)
+
+    return on_rank_0(compare)

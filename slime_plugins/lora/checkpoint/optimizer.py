@@ -80,10 +80,10 @@ class OptimizerState:
         tensors: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
         for inner in self.inner:
             tensors.update(_gather_distributed(inner) if _is_distributed(inner) else _copies(inner))
-        values = {name: values.pop() for name, values in scalars.items() if values}
+        one_each: dict[str, Any] = {name: next(iter(values)) for name, values in scalars.items() if values}
         scalers = [s.state_dict() for s in (getattr(inner, "grad_scaler", None) for inner in self.inner) if s]
         names = all_gather({name for found in tensors.values() for name in found})
-        return tensors, values | ({"grad_scaler": scalers[0]} if scalers else {}), sorted(set().union(*names))
+        return tensors, one_each | ({"grad_scaler": scalers[0]} if scalers else {}), sorted(set().union(*names))
 
     def restart(self) -> None:
         """Forget the moments and start the masters from the model's parameters."""

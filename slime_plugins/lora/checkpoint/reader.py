@@ -37,10 +37,17 @@ class AdapterCheckpoint:
             except ValueError as error:
                 raise ValueError(f"{self.path}: {error}") from None
 
-    def check_base(self, checkpoint: BaseCheckpoint) -> None:
-        """Raise ValueError for another base: other sizes, or other weights in the first layer (which is read)."""
+    def check_base(self, checkpoint: BaseCheckpoint) -> str:
+        """Raise ValueError for another base: other sizes or weights, in anything that the checkpoint knows of it.
+
+        Returns:
+            what was compared, for people.
+        """
         saved = self.manifest.base
-        layers = sorted(int(n) for n in saved["layers"])[:1]
-        found = base.differences(saved, base.fingerprint_of_hf(checkpoint, saved["dtype"], layers))
+        layers = [int(n) for n in saved["layers"]]
+        here = base.fingerprint_of_hf(checkpoint, saved["dtype"], layers)
+        found = base.differences(saved, here)
         if found:
             raise ValueError(f"{checkpoint.directory} is not the base of {self.path}: {'; '.join(found)}")
+        rest = " and all else" if saved.get("rest") else ""
+        return f"{len(layers)} of {here['architecture']['num_layers']} layers{rest}"

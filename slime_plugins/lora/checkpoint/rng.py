@@ -15,8 +15,9 @@ _TRACKER = "megatron."
 def local_state() -> dict[str, Any]:
     """Of python, numpy, torch, the device, and Megatron's model-parallel tracker: tensors, numbers and strings."""
     version, words, gauss = random.getstate()
-    kind, key, position, has_gauss, cached = numpy.random.get_state()
-    state = {
+    generator: Any = numpy.random.get_state(legacy=True)
+    kind, key, position, has_gauss, cached = generator
+    state: dict[str, Any] = {
         "python": (version, _words(numpy.array(words, dtype="uint32")), gauss),
         "numpy": (str(kind), _words(key), int(position), int(has_gauss), float(cached)),
         "torch": torch.get_rng_state(),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from slime_plugins.lora.adapters import config_of
+from slime_plugins.lora.adapters import config_of, refuse_trained_base, state_of
 from slime_plugins.lora.checkpoint import directory, rng, storage
 from slime_plugins.lora.checkpoint.manifest import Manifest
 from slime_plugins.lora.checkpoint.model import (
@@ -21,10 +21,10 @@ from slime_plugins.lora.checkpoint.model import (
     fingerprint_of_model,
     parallelism,
     slots_of,
-    trained_base,
 )
 from slime_plugins.lora.checkpoint.optimizer import OptimizerState, stored_states
 from slime_plugins.lora.checkpoint.writer import complete, pack_common
+from slime_plugins.lora.names import in_layer_order
 from slime_plugins.lora.parallel import all_gather, attempt, everywhere, gather, on_rank_0, rank
 
 
@@ -94,7 +94,7 @@ def save_adapter(
     manifest = Manifest(
         step=step,
         config=config,
-        adapters=dict(sorted(adapters.items(), key=lambda item: _layer_order(item[0]))),
+        adapters=dict(sorted(adapters.items(), key=lambda item: in_layer_order(item[0]))),
         base=fingerprint_of_model(model),
         optimizer=None if optimizer is None else {"states": names, "scalars": scalars},
         parallelism=parallelism(),
@@ -107,25 +107,16 @@ def save_adapter(
         save.finish()
         return save
     writer.start()
-    _keep_pending(model, save)
+    state_of(model).pending_save = save
     return save
 
 
 def finish_pending(model) -> None:
     """Publish an asynchronous save of this model that has not been finished yet. Collective."""
-    for chunk in _chunks(model):
-        pending = getattr(chunk, "lora_pending_save", None)
-        chunk.lora_pending_save = None
-        if pending is not None:
-            pending.finish()
-
-
-def _keep_pending(model, save: AdapterSave) -> None:
-    _chunks(model)[0].lora_pending_save = save
-
-
-def _chunks(model) -> list[torch.nn.Module]:
-    return list(model) if isinstance(model, (list, tuple)) else [model]
+    state = state_of(model)
+    pending, state.pending_save = state.pending_save, None
+    if pending is not None:
+        pending.finish()
 
 
 class _Writer(threading.Thread):
@@ -134,25 +125,25 @@ class _Writer(threading.Thread):
     def __init__(self, staged: Path, shards: list[storage.Shard]):
         super().__init__(name="slime-lora checkpoint writer")
         self.staged, self.shards = staged, shards
-        self.outcome: tuple | None = None
+        self.outcome: tuple[storage.Written | None, Exception | None] | None = None
 
     def run(self) -> None:
         self.outcome = attempt(lambda: storage.write_shards(self.staged, rank(), self.shards))
         self.shards = []
 
-    def wait(self):
+    def wait(self) -> storage.Written:
         """What was written. Raises what ``run`` met."""
         if self.ident is not None:
             self.join()
         if self.outcome is None:
             raise OSError(f"the thread that writes {self.staged} has died")
         written, problem = self.outcome
-        if problem is not None:
-            raise problem
+        if written is None:
+            raise problem or OSError(f"{self.staged}: nothing was written")
         return written
 
 
-def _finish(writer: _Writer, common: bytes | None, manifest: Manifest) -> None:
+def _finish(writer: _Writer, common: bytes, manifest: Manifest) -> None:
     written, problem = attempt(writer.wait)
     outcomes = gather((written, problem))
 
@@ -161,7 +152,7 @@ def _finish(writer: _Writer, common: bytes | None, manifest: Manifest) -> None:
             if problem is not None:
                 directory.discard(writer.staged)
                 raise problem
-        complete(writer.staged, [written for written, _ in outcomes], common, manifest)
+        complete(writer.staged, [written for written, _ in outcomes if written is not None], common, manifest)
 
     on_rank_0(publish)
 
@@ -171,40 +162,22 @@ def _states(slot: Slot, tensors: Mapping, names: Sequence[str]) -> list[torch.Te
 
 
 def _check(model, slots, state: OptimizerState | None) -> None:
-    trained = trained_base(model)
-    if trained:
-        raise ValueError(
-            f"{len(trained)} parameters of the base train too ({trained[0]}): a checkpoint of the adapters alone "
-            "would lose them; train with --lora-only-trainable, or save the whole model"
-        )
+    refuse_trained_base(model)
     if state is not None:
         state.check_trains({slot.parameter for slot in slots})
 
 
 def _check_finite(slots: list[Slot], shards: list[storage.Shard]) -> None:
     """Also of parameters that another rank writes: a replica gone wrong is a run gone wrong."""
-    bad = [slot.key(slot.pieces[0]) for slot in slots if not torch.isfinite(slot.parameter).all()]
+    bad = [slot.pieces[0].name for slot in slots if not torch.isfinite(slot.parameter).all()]
     bad += [shard.key for shard in shards if not torch.isfinite(shard.data).all()]
     if bad:
         raise ValueError(f"{bad[0]} is not finite (one of {len(bad)} such tensors); nothing was saved")
 
 
-def _common(step: int | None, scheduler, scalars: dict[str, Any]) -> bytes | None:
-    """Content of ``common.pt`` on rank 0, None elsewhere. Collective."""
+def _common(step: int | None, scheduler, scalars: dict[str, Any]) -> bytes:
+    """Content of ``common.pt`` on rank 0, b"" elsewhere. Collective."""
     states = gather(rng.local_state())
     state = scheduler.state_dict() if scheduler is not None else None
-    common, problem = None, None
-    if rank() == 0:
-        pack = partial(pack_common, step=step, scheduler=state, scalars=scalars, rng=rng.pack(states))
-        common, problem = attempt(pack)
-    on_rank_0(lambda: _raise(problem))
-    return common
-
-
-def _raise(problem: Exception | None) -> None:
-    if problem is not None:
-        raise problem
-
-
-def _layer_order(name: str) -> tuple:
-    return tuple(int(piece) if piece.isdigit() else piece for piece in name.split("."))
+    pack = partial(pack_common, step=step, scheduler=state, scalars=scalars, rng=rng.pack(states))
+    return everywhere(lambda: pack() if rank() == 0 else b"")

@@ -12,12 +12,12 @@ reads these files (``dist_checkpointing.load``). Nothing here unpickles: a recor
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, SavePlan
@@ -28,11 +28,16 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlanner, TensorWriteData, WriteItem, WriteItemType
+
+from slime_plugins.lora.files.json_text import read_object
+from slime_plugins.lora.files.regular import check_regular, open_regular
+from slime_plugins.lora.files.torch_file import load_plain
 
 INDEX = "tensors.json"
 DCP_INDEX = ".metadata"
 BACKEND = "metadata.json"
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
 _BACKEND_JSON = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -67,13 +72,17 @@ class Record:
     sha256: str
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Entry:
     """One tensor of the index."""
 
     dtype: str
     shape: list[int]
     records: list[Record] = field(default_factory=list)
+
+
+Written = tuple[list, dict[str, Entry]]
+"""Write results and index entries of one process."""
 
 
 class _ShardPlanner:
@@ -83,7 +92,7 @@ class _ShardPlanner:
         self.resolve_data = lambda item: data[item.index]
 
 
-def write_shards(directory: Path, rank: int, shards: Sequence[Shard]) -> tuple[list, dict[str, Entry]]:
+def write_shards(directory: Path, rank: int, shards: Sequence[Shard]) -> Written:
     """Write this process's shards to ``__<rank>_0.distcp``, forced to disk. No communication.
 
     Returns:
@@ -101,7 +110,7 @@ def write_shards(directory: Path, rank: int, shards: Sequence[Shard]) -> tuple[l
         data[index] = shard.data
     writer = FileSystemWriter(directory, sync_files=True)
     plan = writer.prepare_global_plan([SavePlan([])] * rank + [SavePlan(items)])[rank]
-    results = writer.write_data(plan, _ShardPlanner(data)).wait()
+    results = writer.write_data(plan, cast(SavePlanner, _ShardPlanner(data))).wait()
     return results, _entries(directory, shards, results)
 
 
@@ -127,7 +136,7 @@ def _entries(directory: Path, shards: Sequence[Shard], results) -> dict[str, Ent
     return entries
 
 
-def finish(directory: Path, written: Sequence[tuple[list, dict[str, Entry]]]) -> dict[str, Entry]:
+def finish(directory: Path, written: Sequence[Written]) -> dict[str, Entry]:
     """Write the index of what every process has written, once, after checking it. Returns the index.
 
     Raises:
@@ -193,23 +202,23 @@ class TensorReader:
     @classmethod
     def open(cls, directory: Path) -> TensorReader:
         """Read the index, whose own checksum the caller has compared. Raises ValueError, OSError."""
-        raw = json.loads((directory / INDEX).read_bytes())
-        index = {
-            key: Entry(
-                dtype=entry["dtype"], shape=entry["shape"], records=[Record(**record) for record in entry["records"]]
-            )
-            for key, entry in raw.items()
-        }
+        raw = read_object(directory / INDEX)
+        try:
+            index = {key: _entry(entry) for key, entry in raw.items()}
+            _check_cover(index)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{directory / INDEX}: is no index of tensors: {error!r:.120}") from error
         return cls(directory, index)
 
     def check_files(self) -> None:
         """Raise ValueError for a data file that is missing or not as long as it was."""
         for name, size in _file_sizes(self.index).items():
             path = self.directory / name
-            if not path.is_file():
+            if not path.exists():
                 raise ValueError(f"{path} is missing")
-            if path.stat().st_size != size:
-                raise ValueError(f"{path} is truncated or damaged: {path.stat().st_size} bytes, {size} were written")
+            found = check_regular(path).st_size
+            if found != size:
+                raise ValueError(f"{path} is truncated or damaged: {found} bytes, {size} were written")
 
     def read(self, key: str, offset: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> torch.Tensor:
         """A rectangle of one tensor, by default all of it, on the CPU.
@@ -232,12 +241,39 @@ class TensorReader:
 
     def _load(self, key: str, record: Record) -> torch.Tensor:
         path = self.directory / record.file
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file.seek(record.start)
             data = file.read(record.bytes)
         if hashlib.sha256(data).hexdigest() != record.sha256:
             raise ValueError(f"{path}: checksum mismatch in {key}: its bytes are not those that were written")
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        tensor, expected = load_plain(data, f"{path}: {key}"), getattr(torch, self.index[key].dtype)
+        if not isinstance(tensor, torch.Tensor) or list(tensor.shape) != record.shape or tensor.dtype != expected:
+            raise ValueError(
+                f"{path}: {key} is not the {self.index[key].dtype} {record.shape} that {INDEX} says it is"
+            )
+        return tensor
+
+
+def _entry(entry: Mapping[str, Any]) -> Entry:
+    """One entry of an index from anyone. Raises ValueError, KeyError, TypeError."""
+    found = Entry(entry["dtype"], entry["shape"], [Record(**record) for record in entry["records"]])
+    if found.dtype not in _DTYPES or not _counts(found.shape):
+        raise ValueError(f"dtype {found.dtype}, shape {found.shape}")
+    for record in found.records:
+        inside = _counts(record.offset) and _counts(record.shape) and len(record.offset) == len(record.shape)
+        inside = inside and len(record.shape) == len(found.shape)
+        if not inside or any(o + n > whole for o, n, whole in zip(record.offset, record.shape, found.shape)):
+            raise ValueError(f"a record at {record.offset} of shape {record.shape} in a tensor of {found.shape}")
+        values = math.prod(record.shape) * getattr(torch, found.dtype).itemsize
+        if not _counts([record.start, record.bytes]) or values > record.bytes:
+            raise ValueError(f"a record of {record.bytes} bytes for {values}")
+        if Path(record.file).name != record.file or not isinstance(record.sha256, str):
+            raise ValueError(f"a record in {record.file!r}")
+    return found
+
+
+def _counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**62 for n in values)
 
 
 def _box(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:

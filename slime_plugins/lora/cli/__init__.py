@@ -1,7 +1,8 @@
 """``slime-lora``: one module per verb, each with NAME, HELP, EPILOG, add_arguments(parser) and run(args) -> int.
 
 Verb modules import torch, megatron and the like inside ``run`` only, so that ``--help`` answers at once.
-Exit codes: 0 done, 1 the thing read or checked is bad, 2 wrong usage, 130 interrupted, 141 the reader went away.
+Exit codes: 0 done, 1 the thing read or checked is bad, 2 wrong usage, 130 interrupted (Ctrl-C), 141 the reader went
+away, 143 terminated (SIGTERM).
 """
 
 from __future__ import annotations
@@ -45,9 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Keep the interpreter's own flush at exit from failing on the same pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt:
-        print("slime-lora: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        code = getattr(interrupt, "exit_code", 130)  # a verb that turns SIGTERM into one says 143
+        what = "interrupted" if code == 130 else "terminated"
+        print(f"slime-lora: {'; '.join([what, *map(str, filter(None, interrupt.args))])}", file=sys.stderr)
+        return code
     except (ValueError, OSError, ModuleNotFoundError) as error:
         message = _one_line(error)
         if debug or message is None:

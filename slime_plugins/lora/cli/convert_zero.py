@@ -1,9 +1,12 @@
-"""``slime-lora convert-zero``: argument text and printing; the work is in ``hf.zero``."""
+"""``slime-lora convert-zero``: argument text and printing; the work is in ``zero``."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
+
+from slime_plugins.lora.cli.arguments import check_out, place, positive
 
 NAME = "convert-zero"
 HELP = "Turn a DeepSpeed ZeRO-1/2/3 checkpoint of a PEFT model into a PEFT adapter."
@@ -20,18 +23,23 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT_DIR", help="directory with `latest`, or of one tag")
-    parser.add_argument("--out", metavar="DIR", required=True, help="where to write the adapter")
+    parser.add_argument(
+        "checkpoint", type=place, metavar="CHECKPOINT_DIR", help="directory with `latest`, or of one tag"
+    )
+    parser.add_argument("--out", type=place, metavar="DIR", required=True, help="where to write the adapter")
     parser.add_argument("--tag", help="which save, for example global_step500 (default: the one `latest` names)")
     parser.add_argument("--adapter", metavar="NAME", help="which adapter, where the model has several")
     parser.add_argument(
         "--lora-alpha",
-        type=float,
+        type=positive,
         metavar="A",
         help="alpha of the run, where the checkpoint has no adapter_config.json; the scaling is alpha / rank",
     )
     parser.add_argument(
-        "--base-model", metavar="NAME", help="base for the adapter's config; a local directory is also checked against"
+        "--base-model",
+        type=place,
+        metavar="NAME",
+        help="base for the adapter's config; a local directory is also checked against",
     )
     parser.add_argument(
         "--dtype",
@@ -39,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the adapter (default: the fp32 masters as they are)",
     )
     parser.add_argument(
-        "--extra", metavar="PATH", help="file or directory for what was trained beside the adapter (heads, embeddings)"
+        "--extra",
+        type=place,
+        metavar="PATH",
+        help="file or directory for what was trained beside the adapter (heads, embeddings)",
     )
     parser.add_argument("--force", action="store_true", help="replace an adapter that is already in --out")
 
@@ -54,8 +65,14 @@ def run(args: argparse.Namespace) -> int:
 
     if os.path.isdir(args.out) and os.listdir(args.out) and not args.force:
         raise UsageError(f"--out {args.out} is not empty; give --force to replace an adapter in it")
-    if os.path.realpath(args.out) == os.path.realpath(args.checkpoint):
-        raise UsageError(f"--out {args.out} is the checkpoint itself; name another directory")
+    check_out("--out", args.out, {"CHECKPOINT_DIR": args.checkpoint, "--base-model": args.base_model})
+    if args.extra is not None:
+        extra = Path(args.extra)
+        extra = extra if extra.suffix == ".safetensors" else extra / "extra.safetensors"
+        if extra.exists() and not args.force:
+            raise UsageError(f"--extra {extra} exists; give --force to replace it")
+        if os.path.realpath(extra.parent) == os.path.realpath(args.out):
+            raise UsageError(f"--extra {extra} lies in --out, where the adapter is written; name another place")
     done = convert_zero(
         args.checkpoint,
         args.out,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-FORMATS = ("per-expert", "fused")  # hf.moe_form.FORMATS, which costs torch to import
+from slime_plugins.lora.cli.arguments import check_out, place
+
+FORMATS = ("per-expert", "fused")  # peft.experts_form.FORMATS, which costs torch to import
 NAME = "export"
 HELP = "Turn a sharded adapter checkpoint into a PEFT adapter, or merge it into its base."
 EPILOG = """\
 One plain process: no GPU, no process group, no Megatron. Every byte that is read is compared with its checksum, and
-the base with the one that the adapter was trained on. The last line printed is the path written.
+the whole base with what the checkpoint notes of the one that it was trained on: that is read once, and remembered. The
+last line printed is the path written.
 
 examples:
   slime-lora export --checkpoint runs/math --hf-checkpoint Qwen3-4B --out math-adapter
@@ -21,10 +24,18 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="a run's directory (its latest checkpoint), or one in it"
+        "--checkpoint",
+        required=True,
+        type=place,
+        metavar="DIR",
+        help="a run's directory (its latest checkpoint), or one in it",
     )
-    parser.add_argument("--hf-checkpoint", required=True, metavar="DIR", help="the base that it was trained on")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the adapter, or with --merge the merged model")
+    parser.add_argument(
+        "--hf-checkpoint", required=True, type=place, metavar="DIR", help="the base that it was trained on"
+    )
+    parser.add_argument(
+        "--out", required=True, type=place, metavar="DIR", help="the adapter, or with --merge the merged model"
+    )
     parser.add_argument("--merge", action="store_true", help="write a full checkpoint: base plus adapter")
     parser.add_argument(
         "--peft-patterns",
@@ -40,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "%(default)s)",
     )
     parser.add_argument(
-        "--serve-dir", metavar="DIR", help="also make a directory of links to base and adapter, for transformers serve"
+        "--serve-dir",
+        type=place,
+        metavar="DIR",
+        help="also make a directory of links to base and adapter, for transformers serve",
     )
 
 
@@ -53,42 +67,49 @@ def run(args: argparse.Namespace) -> int:
     if args.merge and (args.peft_patterns or args.serve_dir):
         flag = "--peft-patterns" if args.peft_patterns else "--serve-dir"
         raise UsageError(f"--merge writes a full model, for which {flag} has no meaning; leave one of them out")
+    sources = {"--checkpoint": args.checkpoint, "--hf-checkpoint": args.hf_checkpoint}
+    check_out("--out", args.out, sources)
+    if args.serve_dir is not None:
+        check_out("--serve-dir", args.serve_dir, sources | {"--out": args.out})
     checkpoint = AdapterCheckpoint(args.checkpoint)
-    checkpoint.check_base(BaseCheckpoint(args.hf_checkpoint))
+    base = BaseCheckpoint(args.hf_checkpoint)
+    compared = checkpoint.check_base(base)
     projections = list(checkpoint.projections())
     parameters = sum(p.A.numel() + p.B.numel() for p in projections)
     step = "no step" if checkpoint.manifest.step is None else f"step {checkpoint.manifest.step}"
     print(f"{checkpoint.path}: {step}, {len(projections)} adapted matrices, {parameters:,} parameters")
+    print(f"base compared: {compared}")
     if args.merge:
-        _merge(projections, args)
+        _merge(projections, base, args)
     else:
-        _export(projections, checkpoint.manifest.config, args)
+        _export(projections, checkpoint.manifest, base, args)
     print(args.serve_dir or args.out)
     return 0
 
 
-def _export(projections, config, args: argparse.Namespace) -> None:
+def _export(projections, manifest, base, args: argparse.Namespace) -> None:
+    from slime_plugins.lora.base.fingerprint import weights_digest
     from slime_plugins.lora.peft.directory import write_adapter
     from slime_plugins.lora.peft.form import to_peft
     from slime_plugins.lora.peft.serve_dir import make_serve_dir
 
     adapter = to_peft(
         projections,
-        args.hf_checkpoint,
-        dropout=config.dropout,
+        base,
+        dropout=manifest.config.dropout,
         patterns=args.peft_patterns,
         moe_format=args.moe_format,
     )
-    write_adapter(args.out, *adapter, base=args.hf_checkpoint)
+    write_adapter(args.out, *adapter, base=base, base_digest=weights_digest(base, manifest.base["dtype"]))
     if args.serve_dir:
         make_serve_dir(args.hf_checkpoint, args.out, args.serve_dir)
         print(f"serve it with: transformers serve {args.serve_dir}")
 
 
-def _merge(projections, args: argparse.Namespace) -> None:
+def _merge(projections, base, args: argparse.Namespace) -> None:
     from slime_plugins.lora.base.merge import merge_checkpoint
 
-    rounding = merge_checkpoint(projections, args.hf_checkpoint, args.out)
+    rounding = merge_checkpoint(projections, base, args.out)
     print(
         f"lost to rounding: {rounding.lost_share:.2%} of the update by size "
         f"({rounding.unchanged:,} of {rounding.entries:,} weights did not move)"

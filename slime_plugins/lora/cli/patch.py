@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slime_plugins.lora.slime.patch.checkout import Plan
 
 NAME = "patch"
 HELP = "put the plugin into a slime checkout, and take it out again"
@@ -36,32 +40,44 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--copy is for apply, not {args.action}")
     if args.force and args.action != "revert":
         raise UsageError(f"--force is for revert, not {args.action}")
-    made = checkout.plan(args.slime)
-    if args.action == "check":
-        return _check(made)
-    if args.action == "diff":
-        print(checkout.diff(made), end="")
-        return 0
-    if args.action == "apply":
-        dirty = checkout.dirty_files(made.root)
-        if dirty and not made.problems:
-            listed = ", ".join(dirty[:5]) + (f" and {len(dirty) - 5} more" if len(dirty) > 5 else "")
-            print(f"slime-lora: warning: {made.root} has uncommitted changes: {listed}", file=sys.stderr)
-        done = checkout.apply(made, copy=args.copy)
+    if args.action == "revert":
+        root = checkout.root_of(args.slime)
+        done = checkout.revert(root, force=args.force)
     else:
-        done = checkout.revert(made.root, force=args.force)
+        made = checkout.plan(args.slime)
+        root = made.root
+        if args.action == "check":
+            return _check(made)
+        if args.action == "diff":
+            print(checkout.diff(made), end="")
+            return 0
+        dirty = checkout.dirty_files(root)
+        done = checkout.apply(made, copy=args.copy)
+        if dirty:
+            _warn(f"{root} has uncommitted changes: {_listed(dirty)}")
+    left = checkout.lines_left(root)
+    if left:
+        _warn(f"a line that has our mark or names slime_lora, but is none of ours, is left as it is: {_listed(left)}")
     for line in done:
         print(line)
     if not done:
         print(
             "nothing to do: applied already" if args.action == "apply" else "nothing to do: nothing of ours is there"
         )
-    print(made.root)
+    print(root)
     return 0
 
 
-def _check(made) -> int:
-    from slime_plugins.lora.slime.patch import checkout
+def _warn(message: str) -> None:
+    print(f"slime-lora: warning: {message}", file=sys.stderr)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _check(made: Plan) -> int:
+    from slime_plugins.lora.slime.patch import checkout, plugin
     from slime_plugins.lora.slime.patch.seams import SEAMS
 
     for seam in SEAMS:
@@ -70,7 +86,13 @@ def _check(made) -> int:
         print(f"{seam.name:34s} {state}")
     edits = "in place" if made.applied else "out of date: apply again" if made.touched else "not applied"
     print(f"{'edits':34s} {edits}")
-    print(f"{'slime_plugins/lora':34s} {checkout.plugin_state(made.root)}")
+    state = plugin.state(made.root)
+    print(f"{'slime_plugins/lora':34s} {state}")
+    obstacle = checkout.reason_against(made, copy=state == "copy")
+    if obstacle:
+        print(f"{'in the way':34s} {obstacle}")
     for path in checkout.dirty_files(made.root):
         print(f"{'uncommitted change':34s} {path}")
-    return 1 if made.problems else 0
+    for place in checkout.lines_left(made.root):
+        print(f"{'not a line of ours':34s} {place}")
+    return 1 if made.problems or obstacle else 0

@@ -1,4 +1,4 @@
-"""``slime-lora verify``: argument text and printing; the checks are in ``hf.verify``."""
+"""``slime-lora verify``: argument text and printing; the checks are in ``peft.verify``."""
 
 from __future__ import annotations
 
@@ -7,35 +7,48 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from slime_plugins.lora.cli.arguments import place
+
 if TYPE_CHECKING:
+    from slime_plugins.lora.peft.checks import Problem
     from slime_plugins.lora.peft.verify import Report
 
 NAME = "verify"
 HELP = "Check that a PEFT adapter is whole, non-empty, trained, and fits its config and its base."
 EPILOG = """\
-Reads every tensor once; the base only by its config.json and safetensors headers. Exit code 0: good, 1: not.
+Reads every tensor of the adapter once; of the base config.json, the safetensors headers and the first 4 KiB of each
+tensor, or all of it with --full (which is remembered). Exit code 0: good, 1: not.
 
 examples:
   slime-lora verify runs/rehearsal/adapter
   slime-lora verify runs/rehearsal/adapter --hf-checkpoint Qwen3-4B
+  slime-lora verify adapter --hf-checkpoint Qwen3-4B --full
   slime-lora verify adapter --json | jq -r '.problems[].message'
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    parser.add_argument("adapter", metavar="ADAPTER_DIR", help="directory with adapter_config.json and the weights")
     parser.add_argument(
-        "--hf-checkpoint", metavar="DIR", help="base model: check modules, shapes and weights against it"
+        "adapter", type=place, metavar="ADAPTER_DIR", help="directory with adapter_config.json and the weights"
+    )
+    parser.add_argument(
+        "--hf-checkpoint", type=place, metavar="DIR", help="base model: check modules, shapes and weights against it"
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="compare every byte of the base, where the adapter notes what they were"
     )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; 0 if the adapter is good, else 1."""
+    from slime_plugins.lora.errors import UsageError
     from slime_plugins.lora.peft.verify import verify_adapter
 
-    report = verify_adapter(args.adapter, args.hf_checkpoint)
+    if args.full and args.hf_checkpoint is None:
+        raise UsageError("--full compares the base: give it with --hf-checkpoint")
+    report = verify_adapter(args.adapter, args.hf_checkpoint, full=args.full)
     print(json.dumps(report.to_dict(), indent=2) if args.json else table(report))
     return 0 if report.ok else 1
 
@@ -61,9 +74,11 @@ def table(report: Report) -> str:
             "" if report.expected_modules is None else f": target_modules selects {report.expected_modules} modules"
         )
         rows.append(("checked with", f"{report.checked_against}{selected}"))
+        if report.base_compared:
+            rows.append(("base compared", report.base_compared))
     lines = [f"{name:<13} {value}" for name, value in rows]
-    lines += [f"{'warning':<13} {warning}" for warning in report.warnings]
-    lines += [f"{'PROBLEM':<13} {message}" for message in _shortened(report)]
+    lines += [f"{'warning':<13} {message}" for message in _shortened(report.warnings)]
+    lines += [f"{'PROBLEM':<13} {message}" for message in _shortened(report.problems)]
     count = len(report.problems)
     lines.append("ok" if report.ok else f"not ok: {count} problem{'s' if count > 1 else ''}")
     return "\n".join(lines)
@@ -73,13 +88,13 @@ SHOWN = 8
 """Problems of one kind that people are shown: the wrong base of a model with experts makes thousands."""
 
 
-def _shortened(report: Report) -> list[str]:
-    """The first problems of each kind, then how many more there are."""
+def _shortened(problems: list[Problem]) -> list[str]:
+    """The first problems (or warnings) of each kind, then how many more there are."""
     seen: Counter[str] = Counter()
     messages = []
-    for problem in report.problems:
+    for problem in problems:
         seen[problem.kind] += 1
         if seen[problem.kind] <= SHOWN:
-            messages.append(problem.message)
+            messages.append(" ".join(problem.message.split()))
     more = {kind: count - SHOWN for kind, count in seen.items() if count > SHOWN}
     return messages + [f"{count:,} more of the kind {kind!r}; --json lists them all" for kind, count in more.items()]

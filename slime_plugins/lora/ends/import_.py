@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 
 from slime_plugins.lora.adapters import config_of, iter_adapters
-from slime_plugins.lora.names import hf_names, spellings
+from slime_plugins.lora.checkpoint.model import other_base
+from slime_plugins.lora.layers import AdapterSpec, LoRALinear
+from slime_plugins.lora.layers.pieces import Piece, Placement
+from slime_plugins.lora.names import spellings
 from slime_plugins.lora.parallel import all_gather, everywhere, on_rank_0
 from slime_plugins.lora.peft.directory import validate_adapter
 from slime_plugins.lora.peft.read import PeftAdapter, distinct_A, equal
+from slime_plugins.lora.projections import piece_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,70 +49,77 @@ def import_peft(model, adapter_dir: str | os.PathLike, *, optimizer=None) -> Imp
         model: a module or the list of this rank's pipeline chunks, wrapped or not.
         optimizer: Megatron's, if it exists already; its float32 copies would otherwise undo the import.
     Collectives:
-        object gathers over the world.
+        object gathers over the world, and those of ``other_base``.
     Raises:
         OSError, ValueError: on every rank alike, naming what is missing, extra, of another shape or rank, damaged, not
-            finite, or not representable. Nothing has been changed then.
+            finite, not representable, or made for a base that is here and is another. Nothing has been changed then.
     """
     config_of(model)
     source = everywhere(lambda: PeftAdapter(adapter_dir))
     on_rank_0(lambda: validate_adapter(source.config, source.tensors))
-    linears = [one for linear in iter_adapters(model) for one in linear.lora_linears()]
-    here = {name for names in all_gather([name for one in linears for name in _projections(one)]) for name in names}
+    _refuse_other_base(model, source)
+    linears = list(iter_adapters(model))
+    specs = [one for linear in linears for one in linear.lora.one_by_one()]
+    here = {name for names in all_gather([name for spec in specs for name in spec.projections]) for name in names}
     on_rank_0(lambda: _compare(source, here))
-    fits = everywhere(lambda: [_fit(one, source) for one in linears])
+    fits = {spec.name: fit for spec, fit in zip(specs, everywhere(lambda: [_fit(spec, source) for spec in specs]))}
+    everywhere(lambda: _check_shapes(linears, fits))
     with torch.no_grad():
-        for one, fit in zip(linears, fits):
-            one.lora_A.copy_(fit.A)
-            one.lora_B.copy_(fit.B)
+        for parameter, place, piece in _all_pieces(linears):
+            piece.put(parameter, place.part_of(piece, fits[piece.linear].tensors[piece.key]))
     if optimizer is not None:
         optimizer.reload_model_params()
-    notes = all_gather([(fit.rescaled, fit.stacked) for fit in fits])
+    notes = all_gather([(fit.rescaled, fit.stacked) for fit in fits.values()])
     rescaled = sorted({name for rank in notes for names, _ in rank for name in names})
     stacked = sorted({name for rank in notes for _, name in rank if name})
     return ImportedAdapter(projections=len(here), rescaled=tuple(rescaled), stacked=tuple(stacked))
 
 
+def _refuse_other_base(model, source: PeftAdapter) -> None:
+    """Raise ValueError if the base that the adapter names is on this machine and is not this model's. Collective."""
+    named = source.config.get("base_model_name_or_path")
+    here = on_rank_0(lambda: isinstance(named, str) and os.path.isfile(os.path.join(named, "config.json")))
+    different = other_base(model, named) if here else []
+    if different:
+        raise ValueError(f"{source.directory} was made for {named}, not for this base: {'; '.join(different)}")
+
+
 @dataclass(frozen=True)
 class _Fit:
-    """New values for one linear's adapter on this rank."""
+    """New values for one linear's adapter, whole."""
 
-    A: torch.Tensor
-    B: torch.Tensor
+    tensors: dict[str, torch.Tensor]
+    """By the keys of ``projections``."""
+    files: dict[str, str]
+    """The same keys -> the file's key, for messages."""
     rescaled: tuple[str, ...]
     stacked: str | None
 
 
-def _fit(linear, source: PeftAdapter) -> _Fit:
-    """This rank's lora_A and lora_B out of the file's. Raises ValueError naming the tensor that does not fit."""
-    spec, names = linear.lora, [_in_file(name, source) for name in _projections(linear)]
-    A, B = torch.zeros_like(linear.lora_A, device="cpu"), torch.zeros_like(linear.lora_B, device="cpu")
-    rescaled, stacked = [], None
-    starts, distinct = _places(spec, names, source)
-    if len(distinct) > 1:
-        stacked = spec.name
-    for i, (name, part) in enumerate(zip(names, spec.parts)):
-        A_i, B_i = source.pair(name)
-        _check_shapes(linear, i, name, source, A_i, B_i)
-        want = A_i.shape[0] if stacked else spec.ranks[i]
-        A_i, B_i = _at_rank(source, name, A_i, B_i, want)
+def _fit(spec: AdapterSpec, source: PeftAdapter) -> _Fit:
+    """One linear's whole tensors out of the file's. Raises ValueError naming the tensor that does not fit."""
+    names = [_in_file(name, source) for name in spec.projections]
+    starts, As = _places(spec, names, source)
+    stacked = spec.name if len(As) > 1 else None
+    pairs, rescaled = [], []
+    for i, name in enumerate(names):
+        A, B = source.pair(name)
+        A, B = _at_rank(source, name, A, B, A.shape[0] if stacked else spec.ranks[i])
         if not math.isclose(source.scaling(name), spec.scalings[i], rel_tol=1e-9):
-            B_i = B_i.float() * (source.scaling(name) / spec.scalings[i])
+            B = B.float() * (source.scaling(name) / spec.scalings[i])
             rescaled.append(name)
-        columns = slice(starts[i], starts[i] + want)
-        A[columns] = _shard(A_i, linear, dim=1 if spec.parallel == "row" else None).to(A)
-        rows = spec.rows_of(i)
-        width = slice(0, want) if spec.split else columns
-        block = torch.zeros(part.size, spec.rank, dtype=B.dtype)
-        block[:, width] = _shard(B_i, linear, dim=0 if spec.parallel == "column" else None).to(B)
-        B[rows] = block
-    for half, tensor in (("A", A), ("B", B)):
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{source.key(names[0], half)}: a value is too large for {tensor.dtype} adapters")
-    return _Fit(A, B, tuple(rescaled), stacked)
+        if stacked:
+            B = torch.nn.functional.pad(B, (starts[i], spec.rank - starts[i] - B.shape[1]))
+            A = torch.cat(As)
+        pairs.append((A, B))
+    tensors = spec.record.tensors(pairs)
+    files = {piece_key("lora_A"): source.key(names[0], "A")}
+    for leaf, name in zip(spec.record.projections, names):
+        files |= {piece_key(f"lora_{half}", leaf): source.key(name, half) for half in "AB"}
+    return _Fit(tensors, files, tuple(rescaled), stacked)
 
 
-def _places(spec, names: list[str], source: PeftAdapter) -> tuple[list[int], list[torch.Tensor]]:
+def _places(spec: AdapterSpec, names: list[str], source: PeftAdapter) -> tuple[list[int], list[torch.Tensor]]:
     """First row in lora_A for each projection, and the different As among them.
 
     Raises ValueError for a fused linear that has neither one A for all nor room for all.
@@ -129,15 +141,25 @@ def _places(spec, names: list[str], source: PeftAdapter) -> tuple[list[int], lis
     return [next(start for start, other in zip(offsets, distinct) if equal(A, other)) for A in As], distinct
 
 
-def _check_shapes(linear, index: int, name: str, source: PeftAdapter, A: torch.Tensor, B: torch.Tensor) -> None:
-    spec = linear.lora
-    columns = linear.lora_A.shape[1] * (linear.lora_tp_size if spec.parallel == "row" else 1)
-    rows = spec.parts[index].size * (linear.lora_tp_size if spec.parallel == "column" else 1)
-    for half, found, expected, side in (("A", A.shape[1], columns, "inputs"), ("B", B.shape[0], rows, "outputs")):
-        if found != expected:
-            raise ValueError(
-                f"{source.key(name, half)} has {found} {side} where this model has {expected}: another base"
-            )
+def _check_shapes(linears: list[LoRALinear], fits: Mapping[str, _Fit]) -> None:
+    """Raise ValueError naming the tensor that is not as large as this model's, or too large for its dtype."""
+    for parameter, place, piece in _all_pieces(linears):
+        whole, _ = place.extent(piece, piece.take(parameter).shape)
+        found, file_key = fits[piece.linear].tensors[piece.key], fits[piece.linear].files[piece.key]
+        for dim, side in ((0, "outputs"), (1, "inputs")):
+            if found.shape[dim] != whole[dim]:
+                raise ValueError(
+                    f"{file_key} has {found.shape[dim]} {side} where this model has {whole[dim]}: another base"
+                )
+        if not torch.isfinite(found.to(parameter.dtype)).all():
+            raise ValueError(f"{file_key}: a value is too large for {parameter.dtype} adapters")
+
+
+def _all_pieces(linears: list[LoRALinear]) -> Iterator[tuple[torch.nn.Parameter, Placement, Piece]]:
+    for linear in linears:
+        place, parameters = linear.lora_placement(), linear.lora_parameters()
+        for name, pieces in linear.lora_pieces().items():
+            yield from ((parameters[name], place, piece) for piece in pieces)
 
 
 def _at_rank(
@@ -151,18 +173,6 @@ def _at_rank(
             f"{source.key(name, 'A')} has rank {found}, but this model's adapter has rank {rank}: use --lora-r {found}"
         )
     return A[:rank], B[:, :rank]
-
-
-def _shard(whole: torch.Tensor, linear, dim: int | None) -> torch.Tensor:
-    if dim is None or linear.lora_tp_size == 1:
-        return whole
-    return whole.chunk(linear.lora_tp_size, dim=dim)[linear.lora_tp_group.rank()]
-
-
-def _projections(linear) -> list[str]:
-    """Full Hugging Face names of a linear's adapted projections."""
-    names = {name.rpartition(".")[2]: name for name in hf_names(linear.lora.name)}
-    return [names[part.name] for part in linear.lora.parts]
 
 
 def _in_file(name: str, source: PeftAdapter) -> str:

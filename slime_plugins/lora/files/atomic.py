@@ -34,14 +34,26 @@ def replaced_directory(out_dir: str | os.PathLike, *, drop: tuple[str, ...]) -> 
     new = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     os.mkdir(new)
     try:
-        yield new
-        _keep_others(target, new, drop)
-        flush_tree(new)
-        move_in(new, target, old)
+        with naming(target):
+            yield new
+            _keep_others(target, new, drop)
+            flush_tree(new)
+            move_in(new, target, old)
     finally:
         shutil.rmtree(new, ignore_errors=True)  # after an exchange these are the old files
         shutil.rmtree(old, ignore_errors=True)
     fsync(target.parent)
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Errors of the system that name no file, as those of a full disk, name ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = os.fspath(path)
+        raise
 
 
 def _keep_others(target: Path, new: Path, drop: tuple[str, ...]) -> None:

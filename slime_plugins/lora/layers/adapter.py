@@ -1,34 +1,30 @@
-"""The adapter that lives on a linear: what it is, how it starts, and the mixin that runs it.
+"""The adapter that lives on a linear: how it starts, and the mixin that runs it.
 
-An adapted linear keeps its class's code, its parameters and their names; it gains ``lora_A`` and ``lora_B``, and its
-class becomes a subclass with ``LoRALinear`` in front. Per rank (T tensor-parallel size, R rank, P stacked As):
+An adapted linear keeps its class's code, its parameters and their names; it gains the parameters of ``parameters``'s
+table, and its class becomes a subclass with ``LoRALinear`` in front. A linear of experts has them with the rank's
+experts in front, [E, ...], sharded over expert-parallel ranks; the tensor-parallel group is then the experts'.
 
-    column   lora_A [P*R, I]    replicated          lora_B [rows/T, R]  sharded with the base's rows
-    row      lora_A [P*R, I/T]  sharded on dim 1    lora_B [O, R]       replicated
-    duplicated   lora_A [P*R, I], lora_B [rows, R], both replicated, like the base
-
-A linear of experts has both with the rank's experts in front, [E, ...], sharded over expert-parallel ranks; T is then
-the size of the expert-tensor-parallel group.
-
-``rows`` are those of the adapted projections. They lie in the base's own order: over the whole linear if one block
-covers it, else projection after projection. ``AdapterSpec.rows_of`` has them in Hugging Face order.
+Rows of lora_B are those of the adapted projections. They lie in the base's own order: over the whole linear if one
+block covers it, else projection after projection. ``AdapterSpec.rows_of`` has them in Hugging Face order.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
+from slime_plugins.lora.layers.carrier import Carrier, install
+from slime_plugins.lora.layers.frozen import FrozenLinear
 from slime_plugins.lora.layers.lowrank import Collective, Dense, down, up
-from slime_plugins.lora.layers.pieces import adapter_sharded_tensors
-from slime_plugins.lora.layers.spec import AdapterSpec, base_weights, tp_group_of
+from slime_plugins.lora.layers.pieces import Piece, pieces_of
+from slime_plugins.lora.layers.spec import AdapterSpec
+from slime_plugins.lora.parameters import AdapterParameter, lora_parameters
+from slime_plugins.lora.projections import Rounding, low_rank_update, merge
 
 # parallel mode, where the tokens are -> collective on h forward, on dh backward. See the table in ``lowrank``.
 COLLECTIVES = {
@@ -39,45 +35,83 @@ COLLECTIVES = {
     ("row", "sequence"): ("scatter", "gather"),
     ("row", "outside"): ("sum_apart", "none"),
 }
-# parallel mode -> the replicated parameters. Under sequence parallelism a rank's gradient of them covers its own
-# tokens alone, and must be summed over tensor-parallel ranks.
-REPLICATED = {"column": ("lora_A",), "row": ("lora_B",), "duplicated": ("lora_A", "lora_B")}
 
 
-class LoRALinear:
+class LoRALinear(Carrier):
     """Mixin in front of a Megatron linear class: y = base(x) + scaling * drop(x) A^T B^T.
+
+    A variant of LoRA overrides ``lora_describe`` (its parameters), ``lora_initial``, the forward, and ``lora_update``
+    or ``lora_merged``; everything else reads the table.
 
     Attributes:
         lora: the AdapterSpec.
-        lora_A, lora_B: the parameters, shapes as in the module's docstring.
-        lora_enabled: False runs the base's own forward and nothing else.
+        lora_base: the FrozenLinear.
+        lora_A, lora_B: the parameters, shapes as in ``parameters``.
     """
 
     lora: AdapterSpec
-    lora_enabled: bool
+    lora_base: FrozenLinear
+    lora_A: torch.nn.Parameter
+    lora_B: torch.nn.Parameter
+
+    # What it is ----------------------------------------------------------------------------------------------------
+
+    def lora_describe(self) -> tuple[AdapterParameter, ...]:
+        """The table of its parameters."""
+        spec = self.lora
+        return lora_parameters(
+            spec.parallel, rows=spec.rows, columns=self.lora_base.shape[1], rank=spec.rank, stacked=spec.num_A
+        )
+
+    def lora_initial(self, entry: AdapterParameter) -> torch.Tensor:
+        """How a parameter starts: float32, this rank's part, experts in front. B is zero: no output changes.
+
+        The full A depends on seed and name alone: every expert, at every parallelism, starts from its own.
+        """
+        spec = self.lora
+        stack = () if spec.experts is None else (len(spec.experts),)
+        if entry.name != "lora_A":
+            return torch.zeros(*stack, *entry.shape)
+        full = entry.shape[1] * (self.lora_base.shards if entry.sharded_dim is not None else 1)
+        first = self.lora_group.rank() * entry.shape[1] if entry.sharded_dim is not None else 0
+        columns = slice(first, first + entry.shape[1])
+        if spec.experts is None:
+            return _full_A(spec, full)[:, columns]
+        return torch.stack([_full_A(one, full)[:, columns] for one in spec.one_by_one()])
+
+    def lora_pieces(self) -> dict[str, tuple[Piece, ...]]:
+        return pieces_of(self.lora_table, self.lora)
+
+    def lora_installed(self) -> None:
+        """Called once, when the adapter is there."""
+
+    # What it computes ------------------------------------------------------------------------------------------------
 
     def forward(self, input_, *args, **kwargs):
         """Shapes and return form of the base's forward."""
         if not self.lora_enabled:
             return super().forward(input_, *args, **kwargs)
         input_, h, exchanges = self._lora_down(input_)
-        output, bias = super().forward(input_, *args, **kwargs)
+        result = super().forward(input_, *args, **kwargs)
+        if not self.lora_base.returns_bias:
+            return self._lora_up(result, h, exchanges)
+        output, bias = result
         return self._lora_up(output, h, exchanges), bias
 
-    def _lora_down(self, x: torch.Tensor, seen_by_A: torch.Tensor | None = None, product=Dense):
+    def _lora_down(self, x: torch.Tensor, seen_by_A: torch.Tensor | None = None, product: Any = Dense):
         """First tap. ``seen_by_A``: what A multiplies where that is not the base's input."""
         kinds = ("none", "none")
-        if self.lora_tp_size > 1:
-            kinds = COLLECTIVES[self.lora.parallel, self.lora_tokens]
-        if not torch.is_grad_enabled():  # then there is no weight gradient to sum for
-            kinds = tuple(kind.replace("sum_apart", "none") for kind in kinds)
-        exchanges = tuple(Collective(kind, self.lora_tp_group) for kind in kinds)
+        if self.lora_base.shards > 1:
+            kinds = COLLECTIVES[self.lora.parallel, self.lora_base.tokens]
+            if not torch.is_grad_enabled():  # then there is no weight gradient to sum for
+                kinds = (kinds[0].replace("sum_apart", "none"), kinds[1].replace("sum_apart", "none"))
+        exchanges = tuple(Collective(kind, self.lora_group) for kind in kinds)
         if self.training and self.lora.config.dropout:
             seen_by_A = self._lora_dropout(x if seen_by_A is None else seen_by_A)
         x, h = down(x, seen_by_A, self.lora_A.to(x.dtype), exchanges, product)
         return x, h, exchanges
 
-    def _lora_up(self, y: torch.Tensor, h: torch.Tensor, exchanges, product=Dense) -> torch.Tensor:
+    def _lora_up(self, y: torch.Tensor, h: torch.Tensor, exchanges, product: Any = Dense) -> torch.Tensor:
         return up(y, h, self.lora_B.to(y.dtype), self.lora.blocks, exchanges, product)
 
     def _lora_dropout(self, x: torch.Tensor) -> torch.Tensor:
@@ -86,157 +120,88 @@ class LoRALinear:
         So shards get different masks, replicas the same one, and Megatron's recompute, which restores both, replays
         them (as Megatron does for its own dropouts).
         """
-        sharded = self.lora.parallel == "row" or self.lora_sequence_parallel
-        if sharded and self.lora_tp_group.size() > 1:
+        sharded = self.lora.parallel == "row" or self.lora_base.tokens == "sequence"
+        if sharded and self.lora_group.size() > 1:
             with get_cuda_rng_tracker().fork():
                 return torch.nn.functional.dropout(x, self.lora.config.dropout)
         return torch.nn.functional.dropout(x, self.lora.config.dropout)
 
-    @property
-    def lora_tp_group(self):
-        return tp_group_of(self)
+    # What it comes to ------------------------------------------------------------------------------------------------
 
-    @property
-    def lora_tp_size(self) -> int:
-        """Number of shards of the base weight."""
-        return 1 if self.lora.parallel == "duplicated" else self.lora_tp_group.size()
+    def lora_update(self, index: int = 0) -> torch.Tensor:
+        """scaling * B A of this rank's shard of base parameter ``index``: float32 [O, I], or [E, O, I] of its experts.
 
-    @property
-    def lora_tokens(self) -> str:
-        """Which tokens the base takes and gives, and who exchanges them: a key of ``COLLECTIVES``.
-
-        whole: all of the tensor-parallel group's, the base sums. sequence: this rank's, the base gathers and scatters.
-        outside: all of them, and partial sums are the caller's business.
+        No communication.
         """
-        if self.lora.parallel != "duplicated" and _leaves_exchange_to_caller(self):
-            return "outside"
-        return "sequence" if self.config.sequence_parallel and self.lora_tp_group.size() > 1 else "whole"
+        where = self.lora_base.experts_in(index)
+        A, B = self.lora_A.detach()[where], self.lora_B.detach()[where]
+        update = torch.zeros(*A.shape[:-2], *self.lora_base.shape, device=A.device)
+        for block in self.lora.blocks:
+            rows = block.out.run_index().to(A.device)
+            update[..., rows, :] = low_rank_update(A[..., block.cols, :], B[..., block.rows, :], block.scaling)
+        return update
 
-    @property
-    def lora_sequence_parallel(self) -> bool:
-        return self.lora_tokens == "sequence"
+    def lora_merged(
+        self, index: int = 0, stored: torch.Tensor | None = None, rounding: Rounding | None = None
+    ) -> torch.Tensor:
+        """W' of base parameter ``index``, in new memory and the base's dtype. No communication.
 
-    def lora_installed(self) -> None:
-        """Called once, when the adapter is there."""
-
-    def lora_full_numel(self) -> int:
-        """Adapter parameters over all tensor- and expert-parallel ranks, each replica counted once."""
-        A, B = self.lora_A.numel(), self.lora_B.numel()
-        of_ranks = A * (self.lora_tp_size if self.lora.parallel == "row" else 1)
-        of_ranks += B * (self.lora_tp_size if self.lora.parallel == "column" else 1)
-        return of_ranks * self.lora.num_experts // len(self.lora.experts or [None])
-
-    def lora_linears(self) -> list[LoRALinear]:
-        """One linear per base weight: this one; for stacked experts, a view of each."""
-        return [self]
-
-    def lora_delta_weight(self) -> torch.Tensor:
-        """scaling * B A for this rank's shard of the base weight, float32 [O, I], no communication."""
-        spec = self.lora
-        A, B = self.lora_A.detach().float(), self.lora_B.detach().float()
-        delta = A.new_zeros(self.weight.shape)
-        for block in spec.blocks:
-            delta[block.out.run_index().to(delta.device)] = block.scaling * (B[block.rows] @ A[block.cols])
-        return delta
-
-    def _apply(self, fn, recurse=True):
-        """Let ``.to``, ``.cuda``, ``.bfloat16`` move the adapter but not change the dtype that was asked for.
-
-        Megatron's Float16Module casts the whole model after the provider has returned.
+        Args:
+            stored: as in ``FrozenLinear.dense``.
         """
-        if not self.lora_keep_dtype:
-            return super()._apply(fn, recurse)
-        adapter = {name: self._parameters.pop(name) for name in ("lora_A", "lora_B")}
-        super()._apply(fn, recurse)
-        for name, parameter in adapter.items():
-            parameter.data = parameter.data.to(fn(parameter.data).device)
-            self._parameters[name] = parameter
-        return self
+        return merge(self.lora_base.dense(index, stored), self.lora_update(index), rounding)
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """The base's own entries and the adapter's, which the base would take for replicated tensors."""
-        if "lora_A" not in self._parameters:  # inside hide_adapters
-            return super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        with hide_adapters(self):
-            state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        state.update(adapter_sharded_tensors(self, prefix, sharded_offsets))
-        return state
+    def lora_update_squares(self) -> torch.Tensor:
+        """Sum of squares of scaling * B A on this rank, [1] or [E], from products of the rank's size.
+
+        |BA|^2 = sum((B^T B) * (A A^T)). One of A and B is sharded over tensor-parallel ranks, the other whole (or both
+        are): the ranks' values add up.
+        """
+        A, B = (p if p.ndim == 3 else p[None] for p in (self.lora_A.detach().float(), self.lora_B.detach().float()))
+        total = torch.zeros(A.shape[0], device=A.device)
+        for block in self.lora.blocks:
+            A_ERI, B_EOR = A[:, block.cols], B[:, block.rows]
+            total += block.scaling**2 * ((B_EOR.mT @ B_EOR) * (A_ERI @ A_ERI.mT)).sum((1, 2))
+        return total.clamp_(min=0)
 
 
-def _leaves_exchange_to_caller(linear) -> bool:
-    """Megatron's own linears say so; TE's lose their parallel mode."""
-    if hasattr(linear, "explicit_expert_comm"):
-        return linear.explicit_expert_comm
-    return hasattr(linear, "parallel_mode") and linear.parallel_mode is None
-
-
-def adapt(linear: torch.nn.Module, lora_class: type, spec: AdapterSpec, dtype: torch.dtype | None) -> None:
-    """Turn a linear into its LoRA form in place. B starts at zero: the output does not change.
+def adapt(
+    linear: torch.nn.Module, form: type[LoRALinear], base: FrozenLinear, spec: AdapterSpec, dtype: torch.dtype | None
+) -> LoRALinear:
+    """Turn a linear into its LoRA form in place. B starts at zero: the output does not change. Returns the linear.
 
     Args:
-        lora_class: subclass of ``type(linear)`` with ``LoRALinear`` in front.
-        dtype: of lora_A and lora_B; None takes the base weight's.
+        form: subclass of ``type(linear)`` with ``LoRALinear`` in front.
+        dtype: of the parameters; None takes the base weight's.
     """
-    linear.__class__ = lora_class
-    linear.lora, linear.lora_enabled, linear.lora_keep_dtype = spec, True, dtype is not None
-    weight = base_weights(linear)[0]
-    dtype, stack = dtype or weight.dtype, (len(spec.experts),) if spec.experts else ()
-    linear.lora_A = torch.nn.Parameter(_init_A(linear).to(device=weight.device, dtype=dtype))
-    linear.lora_B = torch.nn.Parameter(torch.zeros(*stack, spec.rows, spec.rank, device=weight.device, dtype=dtype))
-    _mark(linear.lora_A, sharded_dim=-1 if spec.parallel == "row" else None)
-    _mark(linear.lora_B, sharded_dim=-2 if spec.parallel == "column" else None)
-    for name in REPLICATED[spec.parallel]:
-        parameter = getattr(linear, name)
-        if spec.experts:
-            _mark_expert_replica(parameter, linear.lora_tp_group)
-        else:
-            # Megatron's finalize_model_grads sums marked gradients over TP, once.
-            parameter.sequence_parallel = linear.lora_sequence_parallel
-    if spec.experts:
-        # Reduced over the expert-data-parallel group, in buffers and an optimizer of their own.
-        linear.lora_A.allreduce = linear.lora_B.allreduce = _expert_groups_are_dense(linear)
+    linear.__class__ = form
+    assert isinstance(linear, form)  # for type checkers
+    linear.lora, linear.lora_base, linear.lora_enabled = spec, base, True
+    linear.lora_keep_dtype, linear.lora_group = dtype is not None, base.tp_group
+    linear.lora_experts, linear.lora_num_experts = spec.experts, spec.num_experts
+    linear.lora_table = linear.lora_describe()
+    install(
+        linear,
+        {
+            entry.name: linear.lora_initial(entry).to(device=base.device, dtype=dtype or base.dtype)
+            for entry in linear.lora_table
+        },
+        partial_gradients=base.tokens == "sequence",
+        expert_buffers=spec.experts is not None and not _expert_groups_are_dense(linear),
+    )
     linear.lora_installed()
+    return linear
 
 
-def _mark(parameter: torch.nn.Parameter, sharded_dim: int | None) -> None:
-    """Tell Megatron's grad norm, clipping and optimizer whether TP ranks hold shards or copies."""
-    sharded = sharded_dim is not None
-    dim = parameter.dim() + sharded_dim if sharded else -1
-    set_tensor_model_parallel_attributes(parameter, is_parallel=sharded, dim=dim, stride=1)
-    parameter.allreduce = True  # reduced over the dense data-parallel group
-
-
-def _mark_expert_replica(parameter: torch.nn.Parameter, etp_group) -> None:
-    """Count a copy once in the grad norm. Megatron asks the dense TP rank, which says nothing about copies of experts;
-    a parameter marked as shared it leaves out."""
-    parameter.tensor_model_parallel = True
-    parameter.shared = etp_group.rank() > 0
-
-
-def _expert_groups_are_dense(linear) -> bool:
+def _expert_groups_are_dense(linear: LoRALinear) -> bool:
     """Are the ranks that hold equal experts those that hold equal dense weights?"""
     dense_tp_size = parallel_state.get_tensor_model_parallel_world_size()
-    return linear.lora.num_experts == len(linear.lora.experts) and linear.lora_tp_group.size() == dense_tp_size
-
-
-def _init_A(linear) -> torch.Tensor:
-    """This rank's shard of the full A, float32 [P*R, I or I/T] (stacked [E, ...]).
-
-    The full A depends on seed and name alone: every expert, at every parallelism, starts from the same A of its own.
-    """
-    spec: AdapterSpec = linear.lora
-    local = base_weights(linear)[0].shape[1]
-    columns = slice(None)
-    if spec.parallel == "row":
-        tp_rank = linear.lora_tp_group.rank()
-        columns = slice(tp_rank * local, (tp_rank + 1) * local)
-    full = local * linear.lora_tp_size if spec.parallel == "row" else local
-    if spec.experts is None:
-        return _full_A(spec, full)[:, columns]
-    return torch.stack([_full_A(spec.of_expert(i), full)[:, columns] for i in range(len(spec.experts))])
+    assert linear.lora.experts is not None
+    return linear.lora.num_experts == len(linear.lora.experts) and linear.lora_group.size() == dense_tp_size
 
 
 def _full_A(spec: AdapterSpec, fan_in: int) -> torch.Tensor:
+    """The whole A, float32 [P*R, I]."""
     stacked = []
     for i in range(spec.num_A):
         rank = spec.ranks[i] if spec.split else spec.rank
@@ -250,20 +215,3 @@ def _full_A(spec: AdapterSpec, fan_in: int) -> torch.Tensor:
             A[:rank].normal_(0.0, 1 / spec.rank, generator=generator)
         stacked.append(A)
     return torch.cat(stacked)
-
-
-@contextlib.contextmanager
-def hide_adapters(module: torch.nn.Module) -> Iterator[None]:
-    """Inside, ``named_parameters``, ``state_dict`` and ``sharded_state_dict`` show the base alone.
-
-    For loaders and savers of the base, which know no adapter names. Forward does not work inside.
-    """
-    hidden = []
-    for linear in module.modules():
-        if isinstance(linear, LoRALinear) and "lora_A" in linear._parameters:
-            hidden.append((linear, {name: linear._parameters.pop(name) for name in ("lora_A", "lora_B")}))
-    try:
-        yield
-    finally:
-        for linear, parameters in hidden:
-            linear._parameters.update(parameters)

@@ -7,8 +7,9 @@
 accumulated into the base's input gradient, its output into the base's output, the scale falls on the rank-sized
 side, and the only activation kept is the local input shard and the rank-sized h. The base may be any module.
 
-The collective on h (design section 3; n tokens on the tensor-parallel group, r rank) starts before the base runs and
-is waited for after it, forward and backward:
+The collective on h (n tokens on the tensor-parallel group, r rank) starts before the base runs and is waited for after
+it, forward and backward. Where A sees what the base hands out (TransformerEngine's fused norm), the base has run
+before h is there, and its backward cannot start before h's gradient has been exchanged: nothing overlaps then.
 
     base          A               B               h forward             dh backward           partial over TP
     column        [r, I] repl.    [O/T, r]        -                     all-reduce n*r        -
@@ -57,39 +58,46 @@ class Collective:
     sum_apart (all-reduce of a copy, for a weight gradient; the activation path keeps what it has).
     """
 
+    _work: Any
+    _result: torch.Tensor | None
+    _source: torch.Tensor | None
+
     def __init__(self, kind: str, group: Any) -> None:
         self.kind, self.group = kind, group
-        self._work = self._result = self._source = None
+        self._forget()
 
     def start(self, h: torch.Tensor) -> torch.Tensor:
         """Begin on a contiguous [tokens, R] tensor. Returns the buffer of the activation path after ``finish``."""
-        self._source = self._result = h  # the source must outlive the exchange
+        self._source, self._result = h, h  # the source must outlive the exchange
         if h.numel() == 0:
             return h  # no tokens here, then none on the other ranks either
         if self.kind == "sum":
             self._work = dist.all_reduce(h, group=self.group, async_op=True)
         elif self.kind == "sum_apart":
-            self._result = h.clone()
-            self._work = dist.all_reduce(self._result, group=self.group, async_op=True)
-            return h
+            self._result = summed = h.clone()
+            self._work = dist.all_reduce(summed, group=self.group, async_op=True)
         elif self.kind == "gather":
-            self._result = h.new_empty(h.shape[0] * self.group.size(), h.shape[1])
-            self._work = dist.all_gather_into_tensor(self._result, h, group=self.group, async_op=True)
+            self._result = whole = h.new_empty(h.shape[0] * self.group.size(), h.shape[1])
+            self._work = dist.all_gather_into_tensor(whole, h, group=self.group, async_op=True)
         elif self.kind == "scatter":
             if h.shape[0] % self.group.size():
                 raise ValueError(f"{h.shape[0]} tokens do not divide by tensor-parallel size {self.group.size()}")
-            self._result = h.new_empty(h.shape[0] // self.group.size(), h.shape[1])
-            self._work = dist.reduce_scatter_tensor(self._result, h, group=self.group, async_op=True)
-        return self._result
+            self._result = part = h.new_empty(h.shape[0] // self.group.size(), h.shape[1])
+            self._work = dist.reduce_scatter_tensor(part, h, group=self.group, async_op=True)
+        assert self._result is not None
+        return h if self.kind == "sum_apart" else self._result
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Wait. Returns h for the activation path and h for the gradient of the replicated matrix."""
         if self._work is not None:
             self._work.wait()
-        summed = self._result
-        kept = self._source if self.kind == "sum_apart" else summed
+        summed, source = self._result, self._source
+        assert summed is not None and source is not None, "finished before it was started"
+        self._forget()
+        return source if self.kind == "sum_apart" else summed, summed
+
+    def _forget(self) -> None:
         self._work = self._result = self._source = None
-        return kept, summed
 
 
 class Dense:

@@ -1,29 +1,26 @@
-"""How one adapter lies in a checkpoint: which tensors it is, and which part of each this rank holds.
+"""Between a rank's shards and whole tensors in Hugging Face order: the one translator, of checkpoints and both ends.
 
-An adapter is the same tensors at every parallelism, whole and in Hugging Face row order:
-
-    lora_A            [rank, I]      one A for all projections (layout fused)
-    lora_A.q_proj     [rank, I]      an A of its own (layout split)
-    lora_B.q_proj     [rows, rank]   one tensor per projection in either layout
-
-Stacked experts are taken apart: an expert's tensors are its own, under its number in the whole layer.
-
-Rows of a fused B must not be cut as they lie on a rank: a shard of [gate; up] is [gate_i; up_i], and laying such
-shards one after the other interleaves the two when the tensor-parallel size changes (design hazard 1). Cut by
-projection, every shard is a plain slice of its tensor (see ``layout``).
+An adapter parameter is taken apart into pieces: by projection, since rows of a fused B must not be cut as they lie on
+a rank (a shard of [gate; up] is [gate_i; up_i], and laying such shards one after the other interleaves the two when
+the tensor-parallel size changes, design hazard 1), and stacked experts one by one. Cut so, every shard is a plain
+slice of its whole tensor (see ``layout``). Keys are those of ``projections``; an expert's tensors are its own, under
+its number in the whole layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from megatron.core import parallel_state as mpu
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from slime_plugins.lora.layers.spec import AdapterSpec
+from slime_plugins.lora.parameters import AdapterParameter
+from slime_plugins.lora.projections import piece_key
 
 
 @dataclass(frozen=True)
@@ -39,10 +36,15 @@ class Piece:
     expert: int | None
     """Position in the parameter's first dimension, where experts are stacked."""
     sharded_dim: int | None
-    """Dimension of the [rows, columns] matrix that is cut over tensor-parallel ranks; None: each holds it all."""
+    """Dimension of the piece that is cut over tensor-parallel ranks; None: each holds it all."""
+
+    @property
+    def name(self) -> str:
+        """Of the whole tensor."""
+        return f"{self.linear}.{self.key}"
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This piece of a tensor of the parameter's shape: [rows, columns], a view or a copy."""
+        """This piece of a tensor of the parameter's shape, a view or a copy."""
         return (tensor if self.expert is None else tensor[self.expert])[self.rows]
 
     def put(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
@@ -59,54 +61,70 @@ class Placement:
     num_shards: int
     replica: int
     """Rank among those with equal parameters: data (and context) parallel, for experts expert-data-parallel."""
+    group: Any = None
+    """The tensor-parallel group."""
 
     def writes(self, piece: Piece) -> bool:
         """Does this rank write its part of a piece? Exactly one rank does, however many replicas there are."""
         return self.replica == 0 and (piece.sharded_dim is not None or self.shard == 0)
 
+    def extent(self, piece: Piece, local: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape of the whole tensor of a piece, and the offset of this rank's part, of shape ``local``."""
+        whole, offset = list(local), [0] * len(local)
+        if piece.sharded_dim is not None:
+            whole[piece.sharded_dim] *= self.num_shards
+            offset[piece.sharded_dim] = self.shard * local[piece.sharded_dim]
+        return tuple(whole), tuple(offset)
 
-def pieces_of(linear) -> dict[str, tuple[Piece, ...]]:
+    def gather(self, piece: Piece, tensor: torch.Tensor) -> torch.Tensor:
+        """The whole of a piece out of every rank's tensor of the parameter's shape. Collective over the group."""
+        part = piece.take(tensor)
+        if piece.sharded_dim is None or self.num_shards == 1:
+            return part
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.num_shards)]
+        dist.all_gather(parts, part.contiguous(), group=self.group)
+        return torch.cat(parts, dim=piece.sharded_dim)
+
+    def part_of(self, piece: Piece, whole: torch.Tensor) -> torch.Tensor:
+        """The inverse: this rank's part of the whole."""
+        if piece.sharded_dim is None:
+            return whole
+        return whole.chunk(self.num_shards, dim=piece.sharded_dim)[self.shard]
+
+
+def pieces_of(table: Sequence[AdapterParameter], spec: AdapterSpec) -> dict[str, tuple[Piece, ...]]:
     """Parameter name -> its pieces, which cover it."""
-    pieces: dict[str, list[Piece]] = {"lora_A": [], "lora_B": []}
-    for i, one in enumerate(linear.lora_linears()):
-        expert = None if linear.lora.experts is None else i
-        for piece in _pieces_of_spec(one.lora, expert):
-            pieces[piece.key.partition(".")[0]].append(piece)
-    return {name: tuple(found) for name, found in pieces.items()}
+    numbers = [None] if spec.experts is None else range(len(spec.experts))
+    experts = list(zip(numbers, spec.one_by_one()))
+    return {
+        parameter.name: tuple(piece for number, one in experts for piece in _pieces(parameter, one, number))
+        for parameter in table
+    }
 
 
-def _pieces_of_spec(spec: AdapterSpec, expert: int | None) -> Iterator[Piece]:
-    A_dim = {"row": 1}.get(spec.parallel)
-    B_dim = {"column": 0}.get(spec.parallel)
-    if not spec.split:
-        yield Piece(spec.name, "lora_A", slice(None), expert, A_dim)
+def _pieces(parameter: AdapterParameter, spec: AdapterSpec, expert: int | None) -> Iterator[Piece]:
+    def piece(leaf: str | None, rows: slice | torch.Tensor) -> Piece:
+        return Piece(spec.name, piece_key(parameter.name, leaf), rows, expert, parameter.sharded_dim)
+
+    if parameter.rows == "whole" or (parameter.rows == "stacked" and not spec.split):
+        yield piece(None, slice(None))
+        return
     for i, part in enumerate(spec.parts):
-        if spec.split:
-            yield Piece(spec.name, f"lora_A.{part.name}", slice(i * spec.rank, (i + 1) * spec.rank), expert, A_dim)
-        yield Piece(spec.name, f"lora_B.{part.name}", spec.rows_of(i), expert, B_dim)
+        stacked = slice(i * spec.rank, (i + 1) * spec.rank)
+        yield piece(part.name, stacked if parameter.rows == "stacked" else spec.rows_of(i))
 
 
-def placement_of(linear) -> Placement:
-    """This rank's place for one adapted linear."""
-    group = linear.lora_tp_group
-    if getattr(linear.lora_A, "allreduce", True):
-        replica = mpu.get_data_parallel_rank(with_context_parallel=True)
-    else:
-        replica = mpu.get_expert_data_parallel_rank()
-    return Placement(group.rank(), group.size(), replica)
-
-
-def adapter_sharded_tensors(linear, prefix: str, sharded_offsets: tuple = ()) -> dict:
-    """Entries of Megatron's ``sharded_state_dict`` for ``lora_A`` and ``lora_B``, under their state-dict names.
+def adapter_sharded_tensors(carrier, prefix: str, sharded_offsets: tuple = ()) -> dict:
+    """Entries of Megatron's ``sharded_state_dict`` for an adapter's parameters, under their state-dict names.
 
     ``sharded_offsets``: Megatron stacks equal layers along a first dimension. Not every layer need be adapted, and
     ranks may differ, so here the position in the stack becomes part of the key instead.
     """
-    place = placement_of(linear)
+    place = carrier.lora_placement()
     stack = "".join(f"{index}." for _, index, _ in sharded_offsets)
     entries = {}
-    for name, pieces in pieces_of(linear).items():
-        parameter = linear._parameters[name]
+    for name, pieces in carrier.lora_pieces().items():
+        parameter = carrier.lora_parameters()[name]
         entries[prefix + name] = ShardedTensorFactory(
             f"{prefix}{stack}",
             parameter,

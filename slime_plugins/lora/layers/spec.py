@@ -10,9 +10,10 @@ import torch
 
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.layers.frozen import FrozenLinear
 from slime_plugins.lora.layers.lowrank import Block
-from slime_plugins.lora.layout import Part, gated_parts, qkv_parts, whole
-from slime_plugins.lora.names import hf_names, of_expert
+from slime_plugins.lora.layout import ROWS, Part, whole
+from slime_plugins.lora.names import hf_names, of_expert, record_of
 from slime_plugins.lora.projections import Adapter
 
 
@@ -42,6 +43,12 @@ class AdapterSpec:
     """Experts stacked in A and B on this rank, as numbers in the whole layer; None: A and B are matrices."""
     num_experts: int = 1
     """Experts of the whole layer."""
+
+    @property
+    def projections(self) -> list[str]:
+        """Full Hugging Face names of the adapted projections."""
+        names = {name.rpartition(".")[2]: name for name in hf_names(self.name)}
+        return [names[part.name] for part in self.parts]
 
     @property
     def record(self) -> Adapter:
@@ -76,52 +83,25 @@ class AdapterSpec:
             row += part.size
         return tuple(blocks)
 
-    def part_A(self, lora_A: torch.Tensor, index: int) -> torch.Tensor:
-        """View of one part's A: [rank, I], with experts in front if they are stacked."""
-        start = index * self.rank if self.split else 0
-        return lora_A[..., start : start + self.rank, :]
-
-    def part_B(self, lora_B: torch.Tensor, index: int) -> torch.Tensor:
-        """One part's B in Hugging Face row order: [part rows, rank], with experts in front if they are stacked."""
-        return lora_B[..., self.rows_of(index), :]
-
     def rows_of(self, index: int) -> slice | torch.Tensor:
         """Rows of lora_B that are one part's, in Hugging Face order."""
         part = self.parts[index]
         if self.in_base_order:
             return part.index()
         rows = self.blocks[index].rows
-        return rows if part.pieces == 1 else rows.start + part.hf_order()
+        return rows.start + part.hf_order() if part.widths else rows
+
+    def one_by_one(self) -> list[AdapterSpec]:
+        """Itself; of stacked experts, one per expert of this rank."""
+        return [self] if self.experts is None else [self.of_expert(i) for i in range(len(self.experts))]
 
     def of_expert(self, index: int) -> AdapterSpec:
         """The adapter of the ``index``-th expert of this rank."""
+        assert self.experts is not None
         return dataclasses.replace(self, name=of_expert(self.name, self.experts[index]), experts=None, num_experts=1)
 
 
-def base_weights(linear: torch.nn.Module) -> list[torch.Tensor]:
-    """The frozen matrices of a linear, adapted or not: one, or one per expert of this rank."""
-    if hasattr(linear, "linears"):
-        return [one.weight for one in linear.linears]
-    if getattr(linear, "weight0", None) is not None:
-        return [getattr(linear, f"weight{i}") for i in range(linear.num_gemms)]
-    if hasattr(linear, "num_gemms"):
-        return list(linear._get_weight_tensors())  # TE's views of its single grouped weight
-    return [linear.weight]
-
-
-def ep_group_of(linear: torch.nn.Module):
-    """The expert-parallel group of a linear of experts; None for other linears."""
-    if hasattr(linear, "num_gemms"):
-        return linear._pg_collection.ep
-    return getattr(linear, "ep_group", None)
-
-
-def tp_group_of(linear: torch.nn.Module):
-    """The tensor-parallel group of a Megatron linear. TE's own ``tp_group`` is None where TE does not communicate."""
-    return linear._tp_group if hasattr(linear, "_tp_group") else linear.tp_group
-
-
-def check_gradients(linear: torch.nn.Module, name: str, parallel: str) -> None:
+def check_gradients(base: FrozenLinear, name: str) -> None:
     """Refuse latent attention where Megatron's own backward is wrong, with adapters or without.
 
     The rotary part of the key is one for all heads. Its gradient is summed over tensor-parallel ranks only on the way
@@ -131,20 +111,18 @@ def check_gradients(linear: torch.nn.Module, name: str, parallel: str) -> None:
     Raises:
         UsageError: naming the flags that go well together.
     """
-    if not name.endswith("linear_kv_down_proj") or tp_group_of(linear).size() == 1:
+    if not name.endswith("linear_kv_down_proj") or base.tp_group.size() == 1:
         return
-    if parallel != "duplicated" or not linear.config.sequence_parallel:
-        how = "without --sequence-parallel" if parallel == "duplicated" else "with --transformer-impl local"
+    if base.parallel != "duplicated" or not base.config.sequence_parallel:
+        how = "without --sequence-parallel" if base.parallel == "duplicated" else "with --transformer-impl local"
         raise UsageError(
             f"{name}: Megatron's gradients of multi-latent attention are wrong {how} at tensor-parallel size "
-            f"{tp_group_of(linear).size()}; use --transformer-impl transformer_engine --sequence-parallel, or "
+            f"{base.tp_group.size()}; use --transformer-impl transformer_engine --sequence-parallel, or "
             "tensor-parallel size 1"
         )
 
 
-def spec_for(
-    linear: torch.nn.Module, name: str, parallel: str, part_numbers: tuple[int, ...], config: LoRAConfig
-) -> AdapterSpec:
+def spec_for(base: FrozenLinear, name: str, part_numbers: tuple[int, ...], config: LoRAConfig) -> AdapterSpec:
     """The adapter that a LoRAConfig asks for on one linear.
 
     Args:
@@ -154,7 +132,8 @@ def spec_for(
         UsageError: a rank above the matrix's size, a rank for one projection in a fused layout, a shard that cuts
             through a query group.
     """
-    all_parts = _parts_of(linear, name)
+    record, (rows, columns), tp_size = record_of(name), base.shape, base.tp_group.size()
+    all_parts = ROWS[record.rows](name, record.leaves, rows, base.config, tp_size)
     parts = tuple(all_parts[i] for i in part_numbers)
     split = config.layout == "split" and len(all_parts) > 1
     projections = [(name, hf_names(name)[i]) for i in part_numbers]
@@ -164,17 +143,15 @@ def spec_for(
             f"rank_pattern gives the projections of {name} ranks {sorted(set(ranks))}, but in layout 'fused' they "
             f"share one A; use --lora-layout split, or name {name.rsplit('.', 1)[-1]} instead"
         )
-    tp_size = tp_group_of(linear).size()
-    weights, ep_group = base_weights(linear), ep_group_of(linear)
-    if config.dropout and ep_group is not None and tp_size > 1:
+    if config.dropout and base.experts is not None and tp_size > 1:
         raise UsageError(
             f"LoRA dropout on {name} with expert tensor parallelism: its ranks could not agree on a mask; "
             "use --lora-dropout 0, --expert-tensor-parallel-size 1, or exclude the experts"
         )
-    rows, columns = weights[0].shape
-    full_in = columns * (tp_size if parallel == "row" else 1)
+    down, across = (base.shards if base.parallel == cut else 1 for cut in ("column", "row"))
+    full_in = columns * across
     for part, rank in zip(parts, ranks):
-        full_out = (part.size if split or len(parts) == 1 else rows) * (tp_size if parallel == "column" else 1)
+        full_out = (part.size if split or len(parts) == 1 else rows) * down
         if rank > min(full_in, full_out):
             raise UsageError(
                 f"LoRA rank {rank} is larger than {name} [{part.name}], a {full_out} x {full_in} matrix; "
@@ -182,7 +159,7 @@ def spec_for(
             )
     return AdapterSpec(
         name=name,
-        parallel=parallel,
+        parallel=base.parallel,
         rank=max(ranks),
         ranks=ranks,
         scalings=tuple(config.scaling(*names) for names in projections),
@@ -190,41 +167,6 @@ def spec_for(
         all_parts=all_parts,
         split=split,
         config=config,
-        **(_experts_of(len(weights), ep_group) if ep_group is not None else {}),
+        experts=base.experts,
+        num_experts=base.num_experts,
     )
-
-
-def _experts_of(num_local: int, ep_group) -> dict:
-    first = ep_group.rank() * num_local
-    return {"experts": range(first, first + num_local), "num_experts": ep_group.size() * num_local}
-
-
-def _parts_of(linear: torch.nn.Module, name: str) -> tuple[Part, ...]:
-    """The projections of this rank's shard of a linear."""
-    rows, config = base_weights(linear)[0].shape[0], linear.config
-    leaves = tuple(hf_name.rsplit(".", 1)[-1] for hf_name in hf_names(name))
-    if len(leaves) == 1:
-        return (whole(leaves[0], rows),)
-    if name.endswith("linear_fc1"):
-        if not config.gated_linear_unit:
-            raise UsageError(f"{name} is not gated; LoRA export knows gated MLPs (gate_proj, up_proj) only")
-        return gated_parts(rows, leaves)
-    tp_size = tp_group_of(linear).size()
-    if config.num_query_groups % tp_size:
-        raise UsageError(
-            f"tensor-parallel size {tp_size} cuts through the {config.num_query_groups} query groups of {name}; "
-            f"use one that divides {config.num_query_groups}"
-        )
-    parts = qkv_parts(
-        config.num_attention_heads // tp_size,
-        config.num_query_groups // tp_size,
-        config.kv_channels,
-        leaves,
-        gated=getattr(config, "attention_output_gate", False),
-    )
-    if sum(part.size for part in parts) != rows:
-        raise UsageError(
-            f"{name} has {rows} rows on this rank, not the {sum(part.size for part in parts)} of q, k and v; "
-            "extra rows cannot be adapted; exclude it"
-        )
-    return parts

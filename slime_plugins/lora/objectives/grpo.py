@@ -1,63 +1,48 @@
-"""GRPO as functions of tensors (Shao et al. 2024, arXiv:2402.03300). No model, no process group.
-
-Shape letters: N samples, S tokens of a padded sequence. ``mask_NS`` is 1 on response tokens, 0 elsewhere.
-"""
+"""GRPO (Shao et al. 2024, arXiv:2402.03300)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
-
-@dataclass
-class Batch:
-    """Samples of one rollout, prompt and response in one row, padded on the right."""
-
-    tokens: torch.Tensor
-    """int64 [N, S]."""
-    mask: torch.Tensor
-    """float32 [N, S]: position t is 1 if token t is part of the response. Never 1 at t = 0."""
-    advantages: torch.Tensor
-    """float32 [N]."""
-    old_log_probs: torch.Tensor | None = None
-    """float32 [N, S], of token t at position t; the policy that made the samples."""
-    ref_log_probs: torch.Tensor | None = None
-    """float32 [N, S]; the base."""
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, rows: slice) -> Batch:
-        return self._map(lambda value: value[rows])
-
-    def lengths(self) -> torch.Tensor:
-        """int64 [N]: tokens of prompt and response, without padding."""
-        positions = torch.arange(self.tokens.shape[1])
-        return ((positions + 1) * (self.mask > 0)).amax(1)
-
-    def to(self, device: torch.device) -> Batch:
-        return self._map(lambda value: value.to(device))
-
-    def _map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        values = (getattr(self, field.name) for field in fields(self))
-        return Batch(*(None if value is None else fn(value) for value in values))
+from slime_plugins.lora.objectives.batch import Batch
+from slime_plugins.lora.objectives.objective import Computed, Metrics, ModelOutput, Objective, detached
 
 
-def make_batch(
-    prompts: list[list[int]], responses: list[list[int]], advantages: torch.Tensor, *, multiple: int
-) -> Batch:
-    """Pad token lists to one length, a multiple of ``multiple`` (sequence parallelism cuts it into equal pieces)."""
-    longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    size = -(-longest // multiple) * multiple
-    tokens = torch.zeros(len(prompts), size, dtype=torch.int64)  # what pads does not matter: attention is causal
-    mask = torch.zeros(len(prompts), size)
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        end = len(prompt) + len(response)
-        tokens[row, :end] = torch.tensor(prompt + response)
-        mask[row, len(prompt) : end] = 1.0
-    return Batch(tokens, mask, advantages)
+@dataclass(frozen=True)
+class GRPO(Objective):
+    """Clipped policy ratio on advantages within each prompt's answers, and the KL to the base."""
+
+    eps_clip: float
+    kl_loss_coef: float
+    rollout_temperature: float
+
+    rollouts = True
+    computed = {
+        "old_log_probs": Computed(lambda output, batch: output.log_probs),
+        "ref_log_probs": Computed(lambda output, batch: output.log_probs, adapters=False),
+    }
+    sampled_log_probs = "old_log_probs"
+    of_first_step = ("kl",)  # later steps are off-policy: their adapters have moved already
+    curve = ("reward", "kl")
+
+    @property
+    def temperature(self) -> float:
+        return self.rollout_temperature
+
+    def of_rewards(self, rewards: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
+        return {"advantages": group_advantages(rewards, group_size)}
+
+    def loss(self, output: ModelOutput, batch: Batch) -> tuple[torch.Tensor, Metrics]:
+        log_probs, fields = output.log_probs, batch.fields
+        ratio = (log_probs - fields["old_log_probs"]).exp()
+        advantages = fields["advantages"][:, None].expand_as(ratio)
+        policy_loss = sample_mean(clipped_policy_loss(ratio, advantages, self.eps_clip), batch.mask)
+        kl = sample_mean(k3(log_probs, fields["ref_log_probs"]), batch.mask)
+        loss = policy_loss + self.kl_loss_coef * kl
+        clip_fraction = sample_mean(((ratio - 1).abs() > self.eps_clip).float(), batch.mask)
+        return loss, detached({"loss": loss, "policy_loss": policy_loss, "kl": kl, "clip_fraction": clip_fraction})
 
 
 def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -87,18 +72,3 @@ def k3(log_probs: torch.Tensor, ref_log_probs: torch.Tensor) -> torch.Tensor:
     """
     log_ratio = ref_log_probs - log_probs
     return log_ratio.exp() - 1 - log_ratio
-
-
-def grpo_loss(
-    log_probs: torch.Tensor, batch: Batch, *, eps_clip: float, kl_loss_coef: float
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss of a (micro-)batch under the current policy's log-probs [N, S], and what to log, detached."""
-    ratio = (log_probs - batch.old_log_probs).exp()
-    advantages = batch.advantages[:, None].expand_as(ratio)
-    policy_loss = sample_mean(clipped_policy_loss(ratio, advantages, eps_clip), batch.mask)
-    kl = sample_mean(k3(log_probs, batch.ref_log_probs), batch.mask)
-    loss = policy_loss + kl_loss_coef * kl
-    clipped = ((ratio - 1).abs() > eps_clip).float()
-    metrics = {"loss": loss, "policy_loss": policy_loss, "kl": kl, "clip_fraction": sample_mean(clipped, batch.mask)}
-    # Copies: Megatron's schedule divides the loss in place by the number of microbatches.
-    return loss, {name: value.detach().clone() for name, value in metrics.items()}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from slime_plugins.lora.peft.config import ADAPTER_NAME, is_target, key_of, module_rank, parse_key
+from slime_plugins.lora.peft.patterns import pattern
 
 ZERO3_HINT = (
     "this is what save_pretrained leaves under DeepSpeed ZeRO-3 when the shards are not gathered: the weights are "
@@ -19,6 +19,8 @@ ZERO3_HINT = (
 )
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_LARGEST = 2**31
+"""No rank, alpha or layer number is larger."""
 
 # Config fields with which lora_A and lora_B alone are not the whole change to the model.
 UNSUPPORTED = {
@@ -64,22 +66,41 @@ def config_problems(config: Mapping[str, Any]) -> list[Problem]:
 
     if config.get("peft_type") != "LORA":
         wrong("peft_type", "'LORA'")
-    if not _whole(config.get("r")) or config["r"] < 1:
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not _whole(rank) or rank < 1:
         wrong("r", "a whole number of at least 1")
-    if not _number(config.get("lora_alpha")) or config["lora_alpha"] <= 0:
+    if not _number(alpha) or alpha <= 0:
         wrong("lora_alpha", "a number above 0")
     targets = config.get("target_modules")
     if not targets and not config.get("target_parameters"):
         wrong("target_modules", "the names of the adapted modules")
-    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+    for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_pattern"):
         value = config.get(field)
-        if value and not (_compiles(value) if isinstance(value, str) else _names(value)):
+        if isinstance(value, str) and (reason := _unfit(value)):
+            wrong(field, f"a list of names or a regular expression: {reason}")
+        elif value and not isinstance(value, str) and not _names(value):
             wrong(field, "a list of names or a regular expression")
+    for name in _listed(config.get("layers_pattern")):
+        if reason := _unfit(name):
+            wrong("layers_pattern", f"regular expressions: {reason}")
+    layers = config.get("layers_to_transform")
+    if layers is not None and not (_whole(layers) or (isinstance(layers, list) and all(map(_whole, layers)))):
+        wrong("layers_to_transform", "a layer's number, or a list of them")
     for field, valid in (("rank_pattern", _whole), ("alpha_pattern", _number)):
-        pattern = config.get(field) or {}
-        entries = pattern.items() if isinstance(pattern, Mapping) else [(None, None)]
-        if not all(_compiles(name) and valid(value) and value > 0 for name, value in entries):
+        patterns = config.get(field) or {}
+        entries = patterns.items() if isinstance(patterns, Mapping) else [(None, None)]
+        if not all(isinstance(name, str) and valid(value) and value > 0 for name, value in entries):
             wrong(field, "module names with a number above 0 each")
+        elif reason := next(filter(None, map(_unfit, patterns)), None):
+            wrong(field, f"regular expressions on module names: {reason}")
+    if not isinstance(config.get("base_model_name_or_path"), (str, type(None))):
+        wrong("base_model_name_or_path", "a name or a path")
+    dropout = config.get("lora_dropout")
+    if dropout is not None and not (_number(dropout) and 0 <= dropout < 1):
+        wrong("lora_dropout", "a probability in [0, 1)")
+    for field in ("use_rslora", *(flag for flag in UNSUPPORTED if flag.startswith("use_"))):
+        if not isinstance(config.get(field), (bool, type(None))):
+            wrong(field, "true or false")
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
         wrong("bias", "'none'")
     return problems
@@ -211,21 +232,27 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: Any) -> TypeGuard[float]:
+    """Finite, and no integer that a float cannot hold."""
+    return _whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _names(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
 
 
-def _compiles(pattern: Any) -> bool:
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) and _names(value) else []
+
+
+def _unfit(text: str) -> str | None:
+    """Why this is no regular expression to match names with."""
     try:
-        re.compile(pattern)
-    except (re.error, TypeError):
-        return False
-    return True
+        pattern(text)
+    except ValueError as error:
+        return str(error)
+    return None

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from slime_plugins.lora.peft.patterns import pattern
+
 PREFIX = "base_model.model."
 
 ADAPTER_NAME = ".default"
@@ -36,11 +38,13 @@ def key_of(module: str, half: str) -> str:
 def is_target(config: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT would put an adapter on ``module`` (a linear of the base)."""
     excluded = config.get("exclude_modules")
-    if excluded and (re.fullmatch(excluded, module) if isinstance(excluded, str) else _ends_with(module, excluded)):
+    if isinstance(excluded, str) and excluded and pattern(excluded).fullmatch(module):
+        return False
+    if excluded and not isinstance(excluded, str) and _ends_with(module, excluded):
         return False
     targets = config.get("target_modules") or []
     if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, module) is not None
+        return targets == "all-linear" or pattern(targets).fullmatch(module)
     if module in targets:
         return True
     return _ends_with(module, targets) and _in_layers(config, module)
@@ -87,16 +91,16 @@ def _in_layers(config: Mapping[str, Any], module: str) -> bool:
     layers = config.get("layers_to_transform")
     if layers is None or layers == []:
         return True
-    patterns = config.get("layers_pattern") or [r"[^.]*"]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
+    names = config.get("layers_pattern") or [r"[^.]*"]
+    for name in [names] if isinstance(names, str) else names:
+        match = pattern(rf"(?:^|.*?\.){name}\.(\d+)\.").match(module)
         if match:
             return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
     return False
 
 
-def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+def _pattern_value(values: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    for key, value in (values or {}).items():
+        if pattern(rf"(.*\.)?({key})$").match(module):
             return value
     return default

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+from slime_plugins.lora.base.fingerprint import weights_digest
 from slime_plugins.lora.files.atomic import replaced_directory
+from slime_plugins.lora.files.json_text import parse_json, read_object
+from slime_plugins.lora.files.safetensors import Stored, read_header
 from slime_plugins.lora.files.torch_file import TorchFile
 from slime_plugins.lora.peft.checks import absent_targets, config_problems, tensor_problems
 from slime_plugins.lora.peft.config import parse_key
@@ -30,7 +33,8 @@ BIN = "adapter_model.bin"
 
 _SHA256 = "slime_lora.sha256"  # metadata: JSON, tensor name -> digest
 _CONFIG = "slime_lora.config"  # metadata: JSON, the fields of the config below that were set
-_BASE = "slime_lora.base"  # metadata: fingerprint of the base checkpoint
+_BASE = "slime_lora.base"  # metadata: fingerprint of the base checkpoint, from samples
+_BASE_DIGEST = "slime_lora.base_digest"  # metadata: digest of every byte of it, where somebody read them all
 # Fields that change what the adapter computes. The others (base path, task type) may be edited freely.
 _MEANING = (
     "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
@@ -47,13 +51,16 @@ class AdapterTensors(Mapping[str, torch.Tensor]):
     def __init__(self, path: Path):
         self.path = path
         self.metadata: dict[str, str] = {}
+        self._bin: TorchFile | None = None
+        self._stored: dict[str, Stored] = {}
+        self._good: set[str] = set()  # whose bytes have been compared: they are hashed once
         if path.suffix == ".bin":
             self._bin = TorchFile(path)
-            self._keys = _tensor_keys(path, self._bin.value)
+            self._keys = _tensor_keys(self._bin)
         else:
-            self._file = _open_safetensors(path)
-            self._keys = tuple(self._file.keys())
-            self.metadata = self._file.metadata() or {}
+            header = read_header(path)
+            self._stored, self.metadata = header.tensors, header.metadata
+            self._keys = tuple(header.tensors)
         self.sha256: dict[str, str] | None = _json_object(path, self.metadata.get(_SHA256))
         """Digest of every tensor when written; None for files that carry none."""
 
@@ -71,19 +78,21 @@ class AdapterTensors(Mapping[str, torch.Tensor]):
 
     def load(self, key: str) -> tuple[torch.Tensor, str | None]:
         """The tensor as it is in the file, and the reason not to use it, if there is one."""
-        if key not in self._keys:
-            raise KeyError(key)
-        if self.path.suffix == ".bin":
+        if self._bin is not None:
             tensor = self._bin.value[key]
-            try:
-                return self._bin.checked(tensor), None
-            except ValueError as error:
-                return tensor, f"{key}: {error}"
-        tensor = self._file.get_tensor(key)
-        if self.sha256 is not None and key not in self.sha256:
-            return tensor, f"{key} was not in the file when it was written"
-        if self.sha256 is not None and digest(tensor) != self.sha256[key]:
-            return tensor, f"{key}: checksum mismatch, its bytes are not those that were written: copy the file again"
+            if key not in self._good:
+                try:
+                    self._bin.checked(tensor)
+                except ValueError as error:
+                    return tensor, f"{key}: {error}"
+        else:
+            tensor = self._stored[key].read()
+            if self.sha256 is not None and key not in self.sha256:
+                return tensor, f"{key} was not in the file when it was written"
+            if self.sha256 is not None and key not in self._good and digest(tensor) != self.sha256[key]:
+                fault = "checksum mismatch, its bytes are not those that were written: copy the file again"
+                return tensor, f"{key}: {fault}"
+        self._good.add(key)
         return tensor, None
 
     @property
@@ -95,6 +104,37 @@ class AdapterTensors(Mapping[str, torch.Tensor]):
     def base_fingerprint(self) -> str | None:
         """``BaseCheckpoint.fingerprint`` of the base it was written for, if it was noted."""
         return self.metadata.get(_BASE)
+
+    @property
+    def base_digest(self) -> str | None:
+        """``base.fingerprint.weights_digest`` of the base it was written for, if it was noted."""
+        return self.metadata.get(_BASE_DIGEST)
+
+    def other_base(self, base: BaseCheckpoint, *, full: bool) -> tuple[str | None, str]:
+        """Compare ``base`` with what was noted when the adapter was written.
+
+        Args:
+            full: every byte of the base, if that was noted; else the first 4 KiB of each tensor.
+        Returns:
+            why it is another base, or None; and what was compared, for people.
+        """
+        noted, found = self.base_fingerprint, None
+        compared = f"first 4 KiB of each of {len(base.weights)} tensors"
+        if full and self.base_digest:
+            noted, found = self.base_digest, weights_digest(base)
+            compared = f"every byte of {len(base.weights)} tensors"
+        elif noted:
+            found = base.fingerprint
+            compared += " (of the others the adapter notes nothing)" if full else ""
+        if not noted or found is None:
+            return None, "shapes only: the adapter does not say which base it was made for"
+        if found == noted:
+            return None, compared
+        return (
+            f"the adapter was made for a base with other weights (fingerprint {noted[:12]}) than {base.directory} "
+            f"holds ({found[:12]})",
+            compared,
+        )
 
     def lost(self) -> list[str]:
         """Names that have a checksum and no tensor."""
@@ -117,21 +157,16 @@ def read_config(adapter_dir: str | os.PathLike) -> dict[str, Any]:
     """``adapter_config.json`` of a directory, as it is. Raises OSError or ValueError naming the file."""
     path = Path(adapter_dir) / CONFIG
     try:
-        config = json.loads(path.read_bytes())
+        return read_object(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; an adapter directory has {CONFIG}") from None
-    except ValueError as error:  # JSON and UTF-8 errors
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
 
 
 def open_tensors(adapter_dir: str | os.PathLike) -> AdapterTensors:
     """The adapter's tensors, from safetensors if both forms are there. Raises OSError, ValueError naming the file."""
     for name in (SAFETENSORS, BIN):
         path = Path(adapter_dir) / name
-        if path.is_file():
+        if path.exists():
             return AdapterTensors(path)
     raise FileNotFoundError(f"{adapter_dir}: no {SAFETENSORS} and no {BIN}")
 
@@ -164,15 +199,17 @@ def write_adapter(
     config: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
     *,
-    base: str | os.PathLike | None = None,
+    base: str | os.PathLike | BaseCheckpoint | None = None,
+    base_digest: str | None = None,
     inspect: Callable[[Path], None] | None = None,
 ) -> None:
     """Write an adapter directory, whole or not at all, after ``validate_adapter``.
 
     Keys are ``base_model.model.<module>.lora_A.weight`` [rank, in] and ``lora_B`` [out, rank]. An existing adapter in
-    ``out_dir`` is replaced in one step; other files in the directory stay. ``base``: directory of the base
-    checkpoint, whose fingerprint then goes with the adapter. ``inspect`` is called with the finished directory before
-    it takes its place; if it raises, nothing has changed.
+    ``out_dir`` is replaced in one step; other files in the directory stay. ``base``: the base
+    checkpoint, whose fingerprint then goes with the adapter; ``base_digest``: that of all its bytes, for a caller who
+    has read them. ``inspect`` is called with the finished directory before it takes its place; if it raises, nothing
+    has changed.
 
     Raises:
         ValueError: the adapter is empty, partial, not finite or not what its config says; or ``out_dir`` holds
@@ -194,7 +231,9 @@ def write_adapter(
         _CONFIG: json.dumps({field: config[field] for field in _MEANING if field in config}),
     }
     if base is not None:
-        metadata[_BASE] = BaseCheckpoint(base).fingerprint()
+        metadata[_BASE] = BaseCheckpoint.of(base).fingerprint
+    if base_digest is not None:
+        metadata[_BASE_DIGEST] = base_digest
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     with replaced_directory(out, drop=(CONFIG, SAFETENSORS, BIN)) as new:
         try:
@@ -226,31 +265,20 @@ def _own_storage(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return owned
 
 
-def _open_safetensors(path: Path):
-    try:
-        return safe_open(path, "pt")
-    except SafetensorError as error:
-        reason = f"truncated or damaged ({error}; {path.stat().st_size} bytes)"
-        with open(path, "rb") as file:
-            if file.read(20).startswith(b"version https://git"):
-                reason = "a git-lfs pointer, run `git lfs pull`"
-        raise ValueError(f"{path}: not a whole safetensors file: {reason}") from error
-
-
-def _tensor_keys(path: Path, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a dictionary of tensors, got {type(value).__name__}")
-    for key, tensor in value.items():
+def _tensor_keys(file: TorchFile) -> tuple[str, ...]:
+    if not isinstance(file.value, dict):
+        raise ValueError(f"{file.path}: expected a dictionary of tensors, got {type(file.value).__name__}")
+    for key, tensor in file.value.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{path}: expected names with tensors, got {key!r} with {type(tensor).__name__}")
-    return tuple(value)
+            raise ValueError(f"{file.path}: expected names with tensors, got {key!r:.80} with {type(tensor).__name__}")
+    return tuple(file.value)
 
 
 def _json_object(path: Path, text: str | None) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError as error:
         raise ValueError(f"{path}: damaged header: {error}") from error
     if not isinstance(value, dict):

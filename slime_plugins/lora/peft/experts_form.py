@@ -214,11 +214,16 @@ def _stacks(config, tensors, fused: list[str]) -> Iterator[tuple[str, str, int, 
         with_inner = f"{match['experts']}.base_layer" in modules
         parameter = "gate_up_proj" if match["inner"] or (not with_inner and "gate_up_proj" in known) else "down_proj"
         rank = module_rank(config, f"{match['experts']}.{parameter}")
-        rows = tensors[key_of(module, "A")].shape[0]
+        for key in (key_of(module, "A"), key_of(module, "B")):
+            if key not in tensors or tensors[key].ndim != 2 or not tensors[key].numel():
+                raise ValueError(f"{key} is missing or holds no matrix: fused experts need lora_A and lora_B")
+        rows, columns = tensors[key_of(module, "A")].shape[0], tensors[key_of(module, "B")].shape[1]
         if rows % rank:
             raise ValueError(
                 f"{key_of(module, 'A')} has {rows} rows, which is no whole number of experts of rank {rank}"
             )
+        if columns != rows:
+            raise ValueError(f"{key_of(module, 'B')} has {columns} columns, where lora_A has {rows} rows")
         yield module, parameter, rows // rank, rank
 
 

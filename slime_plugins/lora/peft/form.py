@@ -11,7 +11,6 @@ import torch
 
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.names import spellings
 from slime_plugins.lora.peft.config import key_of, target_list
 from slime_plugins.lora.peft.experts_export import for_experts
 from slime_plugins.lora.peft.experts_form import FORMATS
@@ -20,7 +19,7 @@ from slime_plugins.lora.projections import Projection
 
 def to_peft(
     projections: list[Projection],
-    hf_checkpoint: str | os.PathLike,
+    hf_checkpoint: str | os.PathLike | BaseCheckpoint,
     *,
     dropout: float = 0.0,
     patterns: bool = False,
@@ -43,7 +42,7 @@ def to_peft(
     if moe_format not in FORMATS or (patterns and moe_format == "fused"):
         known = " or ".join(FORMATS)
         raise UsageError(f"--moe-format {moe_format}: expected {known}; with --peft-patterns only {FORMATS[0]}")
-    base = BaseCheckpoint(hf_checkpoint)
+    base = BaseCheckpoint.of(hf_checkpoint)
     projections = [_as_spelled(p, base) for p in projections]
     for p in projections:
         _check_fits(p, base)
@@ -51,7 +50,7 @@ def to_peft(
     rank = Counter(ranks).most_common(1)[0][0] if patterns else max(ranks)
     scaling = Counter(p.scaling for p in projections).most_common(1)[0][0]
     peft_config = flat_config(
-        base_model=_base_name(hf_checkpoint),
+        base_model=_base_name(base),
         target_modules=target_list((p.name for p in projections), base.linears - {"lm_head"}),
         rank=rank,
         alpha=_alpha(scaling, rank),
@@ -93,9 +92,8 @@ def flat_config(
 
 
 def _as_spelled(p: Projection, base: BaseCheckpoint) -> Projection:
-    """Under the name that the base has for it, if it has one."""
-    found = next((name for name in spellings(p.name) if name in base.linears), p.name)
-    return replace(p, name=found)
+    """Under the name that the base has for it."""
+    return replace(p, name=base.spelled(p.name))
 
 
 def _check_fits(p: Projection, base: BaseCheckpoint) -> None:
@@ -123,6 +121,5 @@ def _alpha(scaling: float, rank: int) -> float:
     return whole if whole / rank == scaling else scaling * rank
 
 
-def _base_name(hf_checkpoint: str | os.PathLike) -> str:
-    path = os.fspath(hf_checkpoint)
-    return os.path.abspath(path) if os.path.isdir(path) else path
+def _base_name(base: BaseCheckpoint) -> str:
+    return os.path.abspath(base.directory)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.names import megatron_name
 from slime_plugins.lora.peft.checks import absent_targets, config_problems, unsupported
 from slime_plugins.lora.peft.config import module_alpha, module_rank, module_scaling, parse_key
@@ -21,13 +22,15 @@ from slime_plugins.lora.peft.experts_form import per_expert
 class PeftAdapter:
     """An adapter directory, opened and known to be representable: config, and (A, B) by module name.
 
+    Args:
+        base: that it was made for, if that is at hand: it knows how its modules are spelled, and what q_proj is.
     Raises:
         OSError: a file is missing.
         ValueError: a file is damaged, or the adapter is more than lora_A and lora_B of linears that Megatron has.
     """
 
-    def __init__(self, adapter_dir: str | os.PathLike):
-        self.directory = Path(adapter_dir)
+    def __init__(self, adapter_dir: str | os.PathLike, base: BaseCheckpoint | None = None):
+        self.directory, self._base = Path(adapter_dir), base
         self.config, self._tensors = read_adapter(adapter_dir)
         problems = config_problems(self.config)
         if not problems:
@@ -41,7 +44,7 @@ class PeftAdapter:
         self._keys: dict[str, dict[str, str]] = defaultdict(dict)
         for key in self._tensors:
             module, half = parse_key(key) or (None, None)
-            if module is None or not _is_known(module):
+            if module is None or half is None or not self._is_known(module):
                 raise ValueError(
                     f"{adapter_dir}: {key}: it cannot be imported, no linear that can be adapted has that name"
                 )
@@ -74,30 +77,46 @@ class PeftAdapter:
         """Megatron linear -> its adapted projections, in the order of the fused rows."""
         parts: dict[str, dict[int, str]] = defaultdict(dict)
         for module in self.modules:
-            linear, part = megatron_name(module)
+            linear, part = self._megatron_name(module)
             parts[linear][part] = module
         return {linear: [found[part] for part in sorted(found)] for linear, found in parts.items()}
 
+    def canonical(self, module: str) -> str:
+        """Its name in the words of this package, as far as the base is known."""
+        return self._base.canonical(module) if self._base else module
 
-def config_options(adapter_dir: str | os.PathLike, layout: str | None = None) -> dict[str, Any]:
+    def _megatron_name(self, module: str) -> tuple[str, int]:
+        return megatron_name(self.canonical(module), mla=self._base is not None and self._base.mla)
+
+    def _is_known(self, module: str) -> bool:
+        try:
+            self._megatron_name(module)
+        except KeyError:
+            return False
+        return True
+
+
+def config_options(adapter: str | os.PathLike | PeftAdapter, layout: str | None = None) -> dict[str, Any]:
     """Arguments of the ``LoRAConfig`` of a model that holds this PEFT adapter exactly.
 
     Args:
+        adapter: its directory, or what was opened of it.
         layout: ``split``, or ``fused``, where different As of one linear are stacked at the sum of their ranks; None
             takes ``fused`` if the projections of every linear share their A, as those of a fused export do.
     Raises:
         OSError, ValueError: the directory is damaged, or holds what Megatron cannot (naming it).
     """
-    source = PeftAdapter(adapter_dir)
+    source = adapter if isinstance(adapter, PeftAdapter) else PeftAdapter(adapter)
     validate_adapter(source.config, source.tensors)
     linears = source.linears()
-    shared = {linear for linear, modules in linears.items() if len(distinct_A(source, modules)) == 1}
+    As = {linear: [A.shape[0] for A in distinct_A(source, modules)] for linear, modules in linears.items()}
+    shared = {linear for linear, ranks in As.items() if len(ranks) == 1}
     if layout is None:
         layout = "fused" if len(shared) == len(linears) else "split"
     config = source.config
     options: dict[str, Any] = {"use_rslora": bool(config.get("use_rslora"))}
     if layout == "fused":
-        ranks = {linear: sum(A.shape[0] for A in distinct_A(source, names)) for linear, names in linears.items()}
+        ranks = {linear: sum(found) for linear, found in As.items()}
         if len(shared) < len(linears):  # then alpha is what gives each projection its scaling at the summed rank
             options["use_rslora"] = False
             alphas = {
@@ -108,6 +127,7 @@ def config_options(adapter_dir: str | os.PathLike, layout: str | None = None) ->
     else:
         ranks = {name: module_rank(config, name) for name in source.modules}
         alphas = {name: module_alpha(config, name) for name in source.modules}
+    ranks, alphas = ({source.canonical(name): value for name, value in values.items()} for values in (ranks, alphas))
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     (dtype,) = {source.tensors[key].dtype for key in source.tensors}
     return dict(
@@ -136,26 +156,18 @@ def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
 
 
-def _is_known(module: str) -> bool:
-    try:
-        megatron_name(module)
-    except KeyError:
-        return False
-    return True
-
-
 def _targets(source: PeftAdapter) -> tuple[str, ...]:
     """``target_modules`` that select the file's modules, as short as the file says it."""
     config = source.config
     targets, excluded = config.get("target_modules"), config.get("exclude_modules") or ()
     if config.get("layers_to_transform") not in (None, []) or isinstance(excluded, str):
-        return source.modules
+        return tuple(map(source.canonical, source.modules))
     if targets == "all-linear" and not excluded:
         return (targets,)
     if isinstance(targets, str) or not all(re.fullmatch(r"[\w.]+", name) for name in targets):
-        return source.modules
+        return tuple(map(source.canonical, source.modules))
     if any(f".{a}".endswith(f".{b}") or f".{b}".endswith(f".{a}") for a in targets for b in excluded):
-        return source.modules
+        return tuple(map(source.canonical, source.modules))
     idle = absent_targets(config, source.modules)
     return tuple(name for name in targets if name not in idle)
 

@@ -55,12 +55,14 @@ class Report:
     dtypes: list[str] = field(default_factory=list)
     largest_B: float = 0.0
     """Largest magnitude in any lora_B."""
+    base_compared: str | None = None
+    """What of the base's weights was compared with what the adapter notes of them; known with a base."""
     expected_modules: int | None = None
     """Modules of the base that the config selects; known with a base."""
     checksums: int | None = None
     """Tensors whose checksum agreed; None where the file carries none."""
     problems: list[Problem] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -68,14 +70,18 @@ class Report:
         return not self.problems
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, with ``ok``."""
-        return {"ok": self.ok, **dataclasses.asdict(self)}
+        """JSON-ready, with ``ok``; warnings are their messages."""
+        warnings = [warning.message for warning in self.warnings]
+        return {"ok": self.ok, **dataclasses.asdict(self), "warnings": warnings}
 
 
-def verify_adapter(adapter_dir: str | os.PathLike, hf_checkpoint: str | os.PathLike | None = None) -> Report:
+def verify_adapter(
+    adapter_dir: str | os.PathLike, hf_checkpoint: str | os.PathLike | None = None, *, full: bool = False
+) -> Report:
     """Look at every tensor of a PEFT adapter directory, one at a time, and list all that is wrong.
 
-    With ``hf_checkpoint`` also against the base's modules and shapes (config.json and safetensors headers only).
+    With ``hf_checkpoint`` also against the base: its modules and shapes, and the first 4 KiB of each of its tensors,
+    or with ``full`` every byte, where the adapter notes what they were (``Report.base_compared`` says what it was).
 
     Raises:
         UsageError: a directory is not there, or ``hf_checkpoint`` is not a Hugging Face checkpoint.
@@ -110,15 +116,20 @@ def verify_adapter(adapter_dir: str | os.PathLike, hf_checkpoint: str | os.PathL
     report.scalings = sorted({module_scaling(config, module) for module, _ in shapes})
     report.problems += _untrained(watched, report)
     if base is None:
-        report.warnings += _uneven_layers(module for module, _ in shapes)
+        report.warnings += [Problem(kind="layers", message=m) for m in _uneven_layers(module for module, _ in shapes)]
         report.warnings += [
-            f"target_modules names {name!r}, for which there is no tensor: give --hf-checkpoint to learn whether that "
-            "is right"
+            Problem(
+                kind="target",
+                message=f"target_modules names {name!r}, for which there is no tensor: give --hf-checkpoint to learn "
+                "whether that is right",
+            )
             for name in absent_targets(config, [module for module, _ in shapes])
         ]
     else:
-        report.problems += _base_problems(config, shapes, tensors, base, report)
-    report.warnings += _server_warnings(config)
+        other, report.base_compared = tensors.other_base(base, full=full)
+        report.problems += [Problem(kind="base", message=other)] if other else []
+        report.problems += _base_problems(config, shapes, base, report)
+    report.warnings += [Problem(kind="server", message=message) for message in _server_warnings(config)]
     return report
 
 
@@ -201,7 +212,7 @@ def _untrained(watched: _Watched, report: Report) -> Iterable[Problem]:
     for module, half in sorted(watched.zero):
         message = f"{key_of(module, half)} is all zero: this adapter was never trained and changes nothing"
         if ".experts." in module:  # an expert that no token was routed to
-            report.warnings.append(message)
+            report.warnings.append(Problem(kind="untrained", message=message, tensor=key_of(module, half)))
         else:
             yield Problem(kind="untrained", message=message, tensor=key_of(module, half))
 
@@ -225,7 +236,6 @@ def _uneven_layers(modules: Iterable[str]) -> Iterable[str]:
 def _base_problems(
     config: Mapping[str, Any],
     shapes: Mapping[tuple[str, str], tuple[int, ...]],
-    tensors: AdapterTensors,
     base: BaseCheckpoint,
     report: Report,
 ) -> Iterable[Problem]:
@@ -235,14 +245,6 @@ def _base_problems(
     if config.get("target_modules") == "all-linear":
         expected.discard("lm_head")  # PEFT leaves the output layer out
     report.expected_modules = len(expected)
-    if base_name := tensors.base_fingerprint:
-        found = base.fingerprint()
-        if found != base_name:
-            yield Problem(
-                kind="base",
-                message=f"the adapter was made for a base with other weights (fingerprint {base_name[:12]}) than "
-                f"{base.directory} holds ({found[:12]})",
-            )
     unknown = sorted(modules - base.linears)
     if unknown and len(unknown) == len(modules):
         message = f"the adapter is for another base: none of its {len(modules)} modules is in {base.directory}"

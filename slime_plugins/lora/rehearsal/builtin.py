@@ -12,13 +12,16 @@ import inspect
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+from slime_plugins.lora.files.cache import cache_dir
 from slime_plugins.lora.rehearsal.task import DIGITS, ORDINALS, recall_prompts
 
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "words": ["<pad>", "<bos>", "<eos>", "<unk>", *DIGITS, *ORDINALS],
     "model": {"num_layers": 2, "hidden": 64, "num_heads": 4, "num_kv_heads": 2, "ffn": 128, "vocab_size": 32},
     "steps": 500,
@@ -29,9 +32,7 @@ RECIPE = {
 }
 
 
-def cache_dir() -> Path:
-    """Where made checkpoints stay: ``$XDG_CACHE_HOME/slime-lora`` or ``~/.cache/slime-lora``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slime-lora"
+_NAME = "recall-qwen3-"
 
 
 def builtin_checkpoint(progress: Callable[[str], None] = lambda line: None) -> tuple[Path, Path]:
@@ -39,9 +40,9 @@ def builtin_checkpoint(progress: Callable[[str], None] = lambda line: None) -> t
 
     The cache key is the recipe and this module's code, so an edited recipe is never served from an old cache.
     """
-    code = inspect.getsource(inspect.getmodule(builtin_checkpoint)) + inspect.getsource(recall_prompts)
+    code = inspect.getsource(sys.modules[__name__]) + inspect.getsource(recall_prompts)
     key = hashlib.sha256((json.dumps(RECIPE, sort_keys=True) + code).encode()).hexdigest()[:12]
-    path = cache_dir() / f"recall-qwen3-{key}"
+    path = cache_dir() / f"{_NAME}{key}"
     if not path.is_dir():
         progress(f"making the built-in base (once, cached in {path}) ...")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +57,11 @@ def builtin_checkpoint(progress: Callable[[str], None] = lambda line: None) -> t
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return path, path / "prompts.jsonl"
+
+
+def is_builtin_file(path: str) -> bool:
+    """Is this, by its name, what ``builtin_checkpoint`` makes, here or on another machine?"""
+    return Path(path).parent.name.startswith(_NAME) and Path(path).name == "prompts.jsonl"
 
 
 @contextlib.contextmanager

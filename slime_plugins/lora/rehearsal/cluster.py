@@ -13,25 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.rehearsal import reaper
 from slime_plugins.lora.rehearsal.settings import Settings
-
-
-def resolve_device(settings: Settings) -> str:
-    """``cuda`` or ``cpu``. Raises UsageError if ``--device cuda`` cannot be had."""
-    if settings.device == "cpu":
-        return "cpu"
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus >= settings.world_size:
-        return "cuda"
-    if settings.device == "cuda":
-        raise UsageError(
-            f"--device cuda: {settings.world_size} processes (tp x pp x dp) need as many GPUs, found {gpus}; "
-            "use fewer, or --device cpu"
-        )
-    return "cpu"
 
 
 @contextlib.contextmanager
@@ -42,9 +25,11 @@ def ray_cluster(settings: Settings, device: str, *, show_logs: bool = False) -> 
     store_dir = tempfile.mkdtemp(prefix="slime-lora-")
     if not show_logs:
         logging.getLogger("ray").setLevel(logging.ERROR)
-    with _environment(device):
+    with _environment(device), reaper.watching(store_dir):
         try:
             _start_ray(settings.world_size + 1, show_logs)
+            # Ray sets a handler of its own, that ends this process on the spot.
+            _set_handler(signal.SIGTERM, _terminate)
             yield Cluster(settings, device, os.path.join(store_dir, "store"))
         finally:
             with _no_interrupts():
@@ -98,8 +83,8 @@ class Cluster:
         """Call a method on every rank; results in rank order."""
         import ray
 
-        args = [ray.put(arg) for arg in args]
-        return _wait({f"rank {i}": getattr(rank, method).remote(*args) for i, rank in enumerate(self._ranks)})
+        shared = [ray.put(arg) for arg in args]
+        return _wait({f"rank {i}": getattr(rank, method).remote(*shared) for i, rank in enumerate(self._ranks)})
 
     def rollout(self, method: str, *args, **kwargs) -> Any:
         """Call a method of the rollout process."""
@@ -155,10 +140,20 @@ def _environment(device: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+    exit_code = 143
+
+
+def _terminate(number, frame) -> None:
+    raise Terminated
+
+
 @contextlib.contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
     """SIGTERM unwinds like Ctrl-C, so that it leaves no process and no temporary directory either."""
-    with _handler(signal.SIGTERM, signal.default_int_handler):
+    with _handler(signal.SIGTERM, _terminate):
         yield
 
 
@@ -171,11 +166,15 @@ def _no_interrupts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handler(number: int, handler) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
-    before = signal.signal(number, handler)
+    before = _set_handler(number, handler)
     try:
         yield
     finally:
-        signal.signal(number, before)
+        _set_handler(number, before)
+
+
+def _set_handler(number: int, handler) -> Any:
+    """The handler before; does nothing outside the main thread, where none can be set."""
+    if threading.current_thread() is threading.main_thread():
+        return signal.signal(number, handler)
+    return None

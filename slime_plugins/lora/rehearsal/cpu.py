@@ -11,10 +11,13 @@ import contextlib
 import functools
 import importlib
 import types
+from typing import Any
 
 import torch
 
 _CPU = torch.device("cpu")
+_torch: Any = torch
+"""The module to put stand-ins in: what is replaced has types of its own, which a stand-in cannot have."""
 _FACTORIES = (
     "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like rand rand_like "
     "randint randn randn_like randperm tensor zeros zeros_like"
@@ -53,23 +56,24 @@ def enable() -> bool:
         return True
     if torch.cuda.is_available():
         return False
+    tensor = _torch.Tensor
     for name in _FACTORIES.split():
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in _METHODS.split():
-        setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
-    torch.Tensor.type = _type_as_on_gpu(torch.Tensor.type)
-    torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *args, **kwargs: self
-    torch.Tensor.pin_memory = lambda self, *args: self
-    torch.Tensor.record_stream = lambda self, stream: None
+        setattr(tensor, name, _on_cpu(getattr(tensor, name)))
+    tensor.type = _type_as_on_gpu(tensor.type)
+    tensor.cuda = _torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    tensor.pin_memory = lambda self, *args: self
+    tensor.record_stream = lambda self, stream: None
     # torch.compile would call a C++ compiler in every process, and importing it is half of Megatron's import time.
-    torch.compile = lambda model=None, **kwargs: (lambda fn: fn) if model is None else model
+    _torch.compile = lambda model=None, **kwargs: (lambda fn: fn) if model is None else model
     _replace_cuda()
     _teach_gloo()
     return True
 
 
 def _replace_cuda() -> None:
-    cuda = torch.cuda
+    cuda = _torch.cuda
     for name in _NO_OPS.split():
         # One function per name: torch's own tables refuse a function that is registered twice.
         setattr(cuda, name, lambda *args, **kwargs: None)
@@ -96,13 +100,13 @@ def _replace_cuda() -> None:
     cuda.manual_seed = torch.default_generator.manual_seed
     cuda._slime_lora_cpu = True
     # Megatron sets device states through torch's C bindings.
-    megatron_random = importlib.import_module("megatron.core.tensor_parallel.random")
+    megatron_random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     megatron_random._get_cuda_rng_state, megatron_random._set_cuda_rng_state = get_rng_state, set_rng_state
 
 
 def _teach_gloo() -> None:
     """What Megatron's token dispatcher asks of NCCL: ranks with different numbers of tokens, and splits as tensors."""
-    dist = torch.distributed
+    dist = _torch.distributed
     all_gather, reduce_scatter, all_to_all_single = dist.all_gather, dist.reduce_scatter, dist.all_to_all_single
 
     def is_uneven(tensors) -> bool:

@@ -25,7 +25,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from slime_plugins.lora.base.decoder import HFBase, Weights
+from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+from slime_plugins.lora.base.decoder import HFBase
 from slime_plugins.lora.layout import gated_parts, qkv_parts
 
 _LAYER = re.compile(r"decoder\.layers\.\d+\.(.+)")
@@ -47,7 +48,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_ignored):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - as Megatron marks it
 
 
 def build_chunks(
@@ -78,10 +79,10 @@ def build_chunks(
     config = transformer_config(base, dtype=dtype, sequence_parallel=sequence_parallel, vpp=vpp, recompute=recompute)
     layer = (layer_spec or local_layer_spec)(base, config)
     chunks = [_chunk(base, config, layer, stage if vpp else None) for stage in range(vpp or 1)]
-    with Weights(base.path) as weights:
-        for chunk in chunks:
-            _mark_shards(chunk)
-            load_base(chunk, base, weights)
+    weights = BaseCheckpoint(base.path)
+    for chunk in chunks:
+        _mark_shards(chunk)
+        load_base(chunk, base, weights)
     for chunk in chunks:
         chunk.to(torch.cuda.current_device())
     if apply is not None:
@@ -199,7 +200,7 @@ def llama3_inv_freq(
 
 
 @torch.no_grad()
-def load_base(chunk: GPTModel, base: HFBase, weights: Weights) -> None:
+def load_base(chunk: GPTModel, base: HFBase, weights: BaseCheckpoint) -> None:
     """Fill every parameter of a chunk, not yet adapted, with this rank's shard.
 
     Raises:
@@ -213,7 +214,7 @@ def load_base(chunk: GPTModel, base: HFBase, weights: Weights) -> None:
             prefix = f"model.layers.{layer_numbers[name[: match.start(1) - 1]]}."
             shard = _layer_shard(match.group(1), prefix, base, weights, tp, tp_rank)
         elif name == "decoder.final_layernorm.weight":
-            shard = weights.get("model.norm.weight")
+            shard = weights.read("model.norm.weight")
         elif name in ("embedding.word_embeddings.weight", "output_layer.weight"):
             of_embedding = base.tied or name.startswith("embedding")
             rows = padded_vocab_size(base.vocab_size, tp) // tp
@@ -229,14 +230,16 @@ def load_base(chunk: GPTModel, base: HFBase, weights: Weights) -> None:
         param.copy_(shard)
 
 
-def _layer_shard(leaf: str, prefix: str, base: HFBase, weights: Weights, tp: int, tp_rank: int) -> torch.Tensor | None:
+def _layer_shard(
+    leaf: str, prefix: str, base: HFBase, weights: BaseCheckpoint, tp: int, tp_rank: int
+) -> torch.Tensor | None:
     """This rank's value of one layer parameter, or None for a name that no Hugging Face tensor fills."""
 
     def shard(name: str, dim: int = 0) -> torch.Tensor:
-        return weights.get(prefix + name, dim=dim, part=tp_rank, parts=tp)
+        return weights.read(prefix + name, dim=dim, part=tp_rank, parts=tp)
 
     if leaf in _NORMS:
-        return weights.get(prefix + _NORMS[leaf])
+        return weights.read(prefix + _NORMS[leaf])
     if leaf == "self_attention.linear_proj.weight":
         return shard("self_attn.o_proj.weight", dim=1)
     if leaf == "mlp.linear_fc2.weight":

@@ -9,20 +9,20 @@ import shlex
 import shutil
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.rehearsal import wandb_run
+from slime_plugins.lora.rehearsal.rewards import RewardSample
 from slime_plugins.lora.rehearsal.settings import Settings
 
-ADAPTER, SERVE, SETTINGS, METRICS, SUMMARY, CURVE, EVENTS = (
-    "adapter",
-    "serve",
-    "settings.json",
-    "metrics.jsonl",
-    "summary.json",
-    "reward.png",
-    "tensorboard",
-)
+ADAPTER, SERVE, EVENTS = "adapter", "serve", "tensorboard"
+SETTINGS, METRICS, SAMPLES, SUMMARY = "settings.json", "metrics.jsonl", "samples.jsonl", "summary.json"
+CURVES = ("reward.png", "loss.png")
+_REPLACED = (ADAPTER, SERVE, EVENTS, METRICS, SAMPLES, SUMMARY, *CURVES)
+WINDOW = 10
+"""Steps over which rewards are averaged beside the last one: a single step's is noisy."""
 
 
 def check_replaceable(out: Path) -> None:
@@ -33,12 +33,18 @@ def check_replaceable(out: Path) -> None:
         raise UsageError(f"--out {out}: holds other files than a rehearsal's; name an empty or new directory")
 
 
+def would_remove(out: Path, path: Path) -> bool:
+    """Would ``claim`` remove what ``path`` names, all of it or part?"""
+    path, claimed = path.resolve(), [(out / name).resolve() for name in _REPLACED]
+    return any(path.is_relative_to(name) or name.is_relative_to(path) for name in claimed)
+
+
 def claim(out: Path) -> bool:
     """Make ``out`` ready for a new run; True if it held an earlier one, whose files (no others) are removed."""
     check_replaceable(out)
     out.mkdir(parents=True, exist_ok=True)
     replaced = any(out.iterdir())
-    for name in (ADAPTER, SERVE, METRICS, SUMMARY, CURVE, EVENTS):
+    for name in _REPLACED:
         path = out / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -48,32 +54,58 @@ def claim(out: Path) -> bool:
 
 
 class Recorder:
-    """Writes every step to ``metrics.jsonl`` and TensorBoard at once, so that a running or broken run can be read."""
+    """Writes every step to ``metrics.jsonl``, ``samples.jsonl``, TensorBoard and, if asked, Weights & Biases.
+
+    At once, so that a running or broken run can be read. Steps count from 1; 0 is before the first.
+    """
 
     def __init__(self, out: Path, settings: Settings):
         from torch.utils.tensorboard import SummaryWriter
 
         (out / SETTINGS).write_text(json.dumps(settings.to_dict(), indent=2) + "\n")
         self.steps: list[dict] = []
-        self._lines = open(out / METRICS, "w", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self._lines = open(out / METRICS, "w", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+        self._samples = open(out / SAMPLES, "w", encoding="utf-8")  # noqa: SIM115
         self._events = SummaryWriter(out / EVENTS)
+        self._wandb = wandb_run.start(settings) if settings.use_wandb else None
 
     def step(self, metrics: dict) -> None:
         """``metrics`` holds ``step`` and numbers."""
         self.steps.append(metrics)
         self._lines.write(json.dumps(metrics) + "\n")
         self._lines.flush()
-        for name, value in metrics.items():
-            if name != "step":
-                self._events.add_scalar(name, value, metrics["step"])
+        self.scalars(metrics["step"], {name: value for name, value in metrics.items() if name != "step"})
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """For the curves alone."""
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
         self._events.flush()
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def samples(self, step: int, samples: Sequence[RewardSample], *, held_out: bool = False) -> None:
+        """What was sampled and what it earned."""
+        for sample in samples:
+            line: dict = {"step": step, "prompt": sample.prompt, "response": sample.response, "reward": sample.reward}
+            line |= {"label": sample.label, "held_out": held_out}
+            self._samples.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._samples.flush()
+
+    def mean(self, name: str) -> float:
+        """Of the last ``WINDOW`` steps."""
+        values = [step[name] for step in self.steps[-WINDOW:]]
+        return sum(values) / len(values)
 
     def __enter__(self) -> Recorder:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, kind, *exc) -> None:
         self._lines.close()
+        self._samples.close()
         self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
 
 
 def write_summary(out: Path, summary: dict) -> None:
@@ -81,24 +113,39 @@ def write_summary(out: Path, summary: dict) -> None:
     (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
 
 
-def draw_curve(out: Path, steps: list[dict], title: str) -> None:
-    """``reward.png``: mean reward and KL to the base over the steps."""
+_AXES = {
+    "reward": ("mean reward", "mean reward of the rollout"),
+    "loss": ("loss", "loss"),
+    "kl": ("KL to the base", "KL(policy || base) in nats per token"),
+    "eval_reward": ("held-out reward", "mean reward on held-out prompts"),
+}
+"""Metric -> its name in the legend, and beside its axis."""
+
+
+def draw_curve(out: Path, steps: list[dict], title: str, names: tuple[str, str]) -> Path:
+    """Two metrics over the steps, the second where there is any; ``reward.png`` or ``loss.png``, after the first."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    numbers = [step["step"] for step in steps]
-    reward = figure.add_subplot()
-    reward.plot(numbers, [step["reward"] for step in steps], color="tab:blue", marker=".", label="mean reward")
-    reward.set(xlabel="step (one rollout each)", ylabel="mean reward of the rollout", ylim=(-0.02, 1.02), title=title)
-    reward.grid(alpha=0.3)
-    kl = reward.twinx()
-    kl.plot(numbers, [step["kl"] for step in steps], color="tab:orange", linestyle="--", label="KL to the base")
-    kl.set_ylabel("KL(policy || base) in nats per token")
-    kl.set_ylim(bottom=0)
+    left, right = ([(step["step"], step[name]) for step in steps if name in step] for name in names)
+    axis = figure.add_subplot()
+    axis.plot(*zip(*left), color="tab:blue", marker=".", label=_AXES[names[0]][0])
+    axis.set(xlabel="step", ylabel=_AXES[names[0]][1], title=title)
+    values = [value for _, value in left]
+    if names[0] == "reward" and min(values) >= 0 and max(values) <= 1:
+        axis.set_ylim(-0.02, 1.02)
+    axis.grid(alpha=0.3)
+    if right:
+        other = axis.twinx()
+        other.plot(*zip(*right), color="tab:orange", linestyle="--", label=_AXES[names[1]][0])
+        other.set_ylabel(_AXES[names[1]][1])
+        other.set_ylim(bottom=0)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(out / CURVE, dpi=120)
+    path = out / f"{names[0]}.png"
+    figure.savefig(path, dpi=120)
+    return path
 
 
 def serve_command(out: Path, dtype: str, device: str) -> str:

@@ -1,60 +1,152 @@
-"""Everything that can be found wrong before a process starts, without torch: in milliseconds."""
+"""Everything that can be found wrong before a process starts.
+
+Flags first, in milliseconds; then files; then prompts as tokens, which costs transformers' import.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+from slime_plugins.lora.arguments import lora_args
 from slime_plugins.lora.base.decoder import HFBase
-from slime_plugins.lora.checkpoint import directory
-from slime_plugins.lora.checkpoint.manifest import Manifest
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.names import megatron_name
+from slime_plugins.lora.objectives import objective_class
+from slime_plugins.lora.rehearsal import adapter_start, outputs
 from slime_plugins.lora.rehearsal.builtin import builtin_checkpoint
-from slime_plugins.lora.rehearsal.outputs import check_replaceable
-from slime_plugins.lora.rehearsal.settings import Settings
-from slime_plugins.lora.rehearsal.task import read_prompts
-from slime_plugins.lora.targets import Targets, check_all_matched
+from slime_plugins.lora.rehearsal.devices import default_tp
+from slime_plugins.lora.rehearsal.encode import Encoder, to_look_at
+from slime_plugins.lora.rehearsal.rewards import load_function
+from slime_plugins.lora.rehearsal.settings import Settings, flag, resolve
+from slime_plugins.lora.rehearsal.task import Keys, Prompt, read_prompts, recall_prompts
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_EVAL_SEED, _EVAL_PROMPTS = 1, 256
 
 
-def prepare(settings: Settings, progress: Callable[[str], None] = print) -> Settings:
+def prepare(given: Mapping[str, Any], progress: Callable[[str], None] = print) -> Settings:
     """Settings with every default filled in, the built-in base made if it is asked for, and all of it checked.
 
+    Args:
+        given: values of flags by destination, those of ``add_lora_arguments`` among them; what is absent takes its
+            default, LoRA flags that of the adapter that ``load`` or ``lora_adapter_path`` names.
     Raises:
         UsageError: flags that cannot work, by themselves or with this base.
         ValueError, OSError: a file that is damaged or not supported.
     """
-    settings = settings.resolved()
+    flags = {name: value for name, value in given.items() if name in lora_args(LoRAConfig())}
+    options = {name: value for name, value in given.items() if name not in flags}
+    _check_empty(given)
+    if "tp" not in options:
+        where = {name: options.get(name, getattr(Settings, name)) for name in ("device", "pp", "dp", "sp")}
+        tp = default_tp(**where)
+        options["tp"] = tp
+        if tp == 1:
+            progress("one GPU on this machine: --tp 1")
+    seed = options.get("seed", Settings.seed)
+    settings = resolve(options, adapter_start.config_of_flags(flags, seed))
     settings.check()
-    check_replaceable(Path(settings.out))
+    _check_paths(settings)
     if settings.builtin:
-        base, prompt_data = builtin_checkpoint(progress)
-        settings = dataclasses.replace(settings, hf_checkpoint=str(base), prompt_data=str(prompt_data))
+        base_dir, prompt_data = builtin_checkpoint(progress)
+        settings = dataclasses.replace(settings, hf_checkpoint=str(base_dir), prompt_data=str(prompt_data))
     base = HFBase.read(settings.hf_checkpoint)
     base.check_parallel(tp=settings.tp, pp=settings.pp, vpp=settings.vpp)
-    if not any((base.path / name).is_file() for name in _TOKENIZER_FILES):
-        raise UsageError(f"{base.path}: no tokenizer files ({', '.join(_TOKENIZER_FILES)})")
-    if not Path(settings.prompt_data).is_file():
-        raise UsageError(f"--prompt-data {settings.prompt_data}: no such file")
-    read_prompts(settings.prompt_data, settings.input_key, settings.label_key)
-    _check_targets(settings.lora, base.linears())
-    if settings.load is not None:
-        step = Manifest.read(directory.find(settings.load)).step
-        if step is None or step >= settings.steps:
-            raise UsageError(
-                f"--load {settings.load}: it is at step {step}; --steps {settings.steps} leaves none to do"
-            )
+    settings = dataclasses.replace(settings, lora=adapter_start.config_of_start(settings, flags, base, progress))
+    adapter_start.check_config(settings.lora, base)
+    _check_task(settings, base, progress)
     return settings
 
 
-def _check_targets(lora: LoRAConfig, hf_linears: list[str]) -> None:
-    targets = Targets(lora.target_modules, lora.exclude_modules)
-    names = dict.fromkeys(megatron_name(name)[0] for name in hf_linears)
-    adapted = [name for name in names if targets.parts_of(name)]
-    check_all_matched(targets, targets.matched, names)
-    if not adapted:
-        raise UsageError("--lora-exclude-modules takes away everything that --lora-target-modules names")
+def _check_empty(given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        if isinstance(value, str) and (not value or "\0" in value):
+            raise UsageError(f"{flag(name)} {value!r}: expected a name, not {'an empty one' if not value else 'this'}")
+
+
+def _check_paths(settings: Settings) -> None:
+    out = Path(settings.out)
+    outputs.check_replaceable(out)
+    for name in ("hf_checkpoint", "lora_adapter_path", "load"):
+        path = getattr(settings, name)
+        if path and out.resolve().is_relative_to(Path(path).resolve()):
+            raise UsageError(f"--out {out}: lies in {flag(name)} {path}, which is read; name another directory")
+    for name in ("hf_checkpoint", "lora_adapter_path", "load", "prompt_data", "eval_data"):
+        path = getattr(settings, name)
+        if path and outputs.would_remove(out, Path(path)):
+            raise UsageError(f"--out {out}: {flag(name)} {path} would be replaced by this run; name another directory")
+    for name in ("prompt_data", "eval_data"):
+        path = getattr(settings, name)
+        if path and not Path(path).is_file():
+            raise UsageError(f"{flag(name)} {path}: no such file")
+    if settings.save is not None and Path(settings.save).exists() and not Path(settings.save).is_dir():
+        raise UsageError(f"--save {settings.save}: is a file, expected a directory")
+    if settings.use_wandb and importlib.util.find_spec("wandb") is None:
+        raise UsageError("--use-wandb: the package wandb is not installed: pip install wandb")
+
+
+def _check_task(settings: Settings, base: HFBase, progress: Callable[[str], None]) -> None:
+    """Data, rewards, and prompts as tokens."""
+    if not any((base.path / name).is_file() for name in _TOKENIZER_FILES):
+        raise UsageError(f"{base.path}: no tokenizer files ({', '.join(_TOKENIZER_FILES)})")
+    if settings.custom_rm_path is not None:
+        load_function(settings.custom_rm_path)
+    prompts, evals = train_prompts(settings), eval_prompts(settings)
+    if is_builtin(settings):
+        return
+    encoder = Encoder.read(
+        base.path, apply_chat_template=settings.apply_chat_template, max_positions=base.max_positions
+    )
+    looked_at, room = to_look_at(prompts), settings.rollout_max_response_len
+    if objective_class(settings.objective).rollouts:
+        encoder.prompts([prompt.prompt for prompt in looked_at], room=room)
+    else:
+        end = 0  # whichever it is, it is one
+        encoder.pairs([prompt.prompt for prompt in looked_at], [prompt.response for prompt in looked_at], end)
+    if evals:
+        encoder.prompts([prompt.prompt for prompt in to_look_at(evals)], room=room)
+    if encoder.template_unused and any(isinstance(prompt.prompt, str) for prompt in prompts):
+        progress(
+            "note: this tokenizer has a chat template, and text prompts are not put through it; "
+            "chat models want --apply-chat-template"
+        )
+
+
+def is_builtin(settings: Settings) -> bool:
+    """Of settings that ``prepare`` has returned: is it the built-in task?"""
+    from slime_plugins.lora.rehearsal.builtin import is_builtin_file
+
+    return is_builtin_file(settings.prompt_data)
+
+
+def train_prompts(settings: Settings) -> list[Prompt]:
+    """Raises ValueError naming the line that is wrong."""
+    responses = not objective_class(settings.objective).rollouts
+    response = (settings.response_key or settings.label_key) if responses else None
+    return read_prompts(settings.prompt_data, _keys(settings, response))
+
+
+def eval_prompts(settings: Settings) -> list[Prompt]:
+    """Held-out prompts; none, unless they are given or the task is the built-in one."""
+    if settings.eval_data is not None:
+        return read_prompts(settings.eval_data, _keys(settings, None))
+    if not is_builtin(settings):
+        return []
+    seen = {prompt.prompt for prompt in train_prompts(settings)}
+    rows = recall_prompts(2 * _EVAL_PROMPTS, _EVAL_SEED)
+    unseen = [Prompt(row["input"], row["label"]) for row in rows if row["input"] not in seen]
+    return unseen[:_EVAL_PROMPTS]
+
+
+def _keys(settings: Settings, response: str | None) -> Keys:
+    return Keys(
+        input=settings.input_key,
+        label=settings.label_key,
+        label_required=settings.custom_rm_path is None and (response is None or response == settings.label_key),
+        response=response,
+        metadata=settings.metadata_key,
+    )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from slime_plugins.lora.rehearsal.encode import Encoder
 from slime_plugins.lora.rehearsal.settings import Settings
 
 _SMALL = 10_000_000
@@ -21,24 +23,33 @@ class Sample:
 
     prompt: list[int]
     response: list[int]
-    """Sampled tokens up to and with the end token, or cut at the length limit."""
+    """Tokens up to and with the end token, or cut at the length limit."""
     text: str
     """The response decoded, special tokens left out."""
+    ended: bool
+    """Is the last token an end token?"""
 
 
 class Rollout:
     """A frozen Hugging Face base and the adapter that was exported last."""
 
+    model: Any
+
     def setup(self, settings: Settings, device: str, num_threads: int) -> None:
         """Load base and tokenizer. Raises ValueError if there is no end token."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
         self.settings, self.device = settings, device
         hf_dir = settings.hf_checkpoint
-        self.tokenizer = AutoTokenizer.from_pretrained(hf_dir, padding_side="left")
         base = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=getattr(torch, settings.dtype))
         base = base.to(device).eval()
         torch.set_num_threads(num_threads if base.num_parameters() > _SMALL else 1)
+        self.encoder = Encoder.read(
+            hf_dir,
+            apply_chat_template=settings.apply_chat_template,
+            max_positions=base.config.max_position_embeddings,
+        )
+        self.tokenizer = self.encoder.tokenizer
         eos = base.generation_config.eos_token_id
         eos = self.tokenizer.eos_token_id if eos is None else eos
         if eos is None:
@@ -46,17 +57,22 @@ class Rollout:
         self.eos_ids = set(eos) if isinstance(eos, list) else {eos}
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token_id = min(self.eos_ids)
+        ends = {
+            "max_new_tokens": settings.rollout_max_response_len,
+            "eos_token_id": sorted(self.eos_ids),
+            "pad_token_id": self.tokenizer.pad_token_id,
+        }
         # The checkpoint's own sampling defaults (top_k 20 and the like) are not the policy that is trained.
-        base.generation_config = GenerationConfig(
-            do_sample=True,
-            temperature=settings.rollout_temperature,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=settings.rollout_max_response_len,
-            eos_token_id=sorted(self.eos_ids),
-            pad_token_id=self.tokenizer.pad_token_id,
+        self.sampling = GenerationConfig(
+            do_sample=True, temperature=settings.rollout_temperature, top_k=0, top_p=1.0, **ends
         )
+        self.greedy = GenerationConfig(do_sample=False, **ends)
+        base.generation_config = self.sampling
         self.base, self.model = base, None
+
+    def template_unused(self) -> bool:
+        """Has the tokenizer a chat template that text prompts are not put through?"""
+        return self.encoder.template_unused
 
     def sample(self, adapter_dir: str, prompts: list[str | list], step: int) -> list[Sample]:
         """``n_samples_per_prompt`` samples of every prompt under this adapter, the samples of one prompt adjacent.
@@ -65,10 +81,19 @@ class Rollout:
         """
         self.load_adapter(adapter_dir)  # before seeding: making a PEFT model draws initial values
         torch.manual_seed(self.settings.seed * 1_000_003 + step)
-        samples = []
-        for start in range(0, len(prompts), _PROMPTS_AT_A_TIME):
-            samples += self._generate(self.encode(prompts[start : start + _PROMPTS_AT_A_TIME]))
-        return samples
+        return self._in_turns(prompts, self.sampling, self.settings.n_samples_per_prompt)
+
+    def answer(self, adapter_dir: str, prompts: list[str | list]) -> list[Sample]:
+        """The likeliest token at every place, once for every prompt."""
+        self.load_adapter(adapter_dir)
+        return self._in_turns(prompts, self.greedy, 1)
+
+    def given(self, prompts: list[str | list], responses: list[str]) -> list[Sample]:
+        """Given responses in the form of sampled ones, each with the end token."""
+        end = self.tokenizer.eos_token_id
+        end = end if end in self.eos_ids else min(self.eos_ids)
+        pairs = zip(*self.encoder.pairs(prompts, responses, end), responses)
+        return [Sample(prompt, response, text, ended=True) for prompt, response, text in pairs]
 
     def load_adapter(self, adapter_dir: str | Path) -> None:
         """Use this adapter from now on. Raises ValueError unless its tensors are exactly those that PEFT wants."""
@@ -83,45 +108,25 @@ class Rollout:
         if missing or result.unexpected_keys:
             raise ValueError(f"{adapter_dir}: missing {missing}, unexpected {result.unexpected_keys}")
 
-    def encode(self, prompts: list[str | list]) -> list[list[int]]:
-        """Token ids of prompts. Messages, and text with ``apply_chat_template``, go through the chat template.
-
-        Raises ValueError for a prompt without a token, and for one that leaves no room for the response.
-        """
-        encoded = []
-        for prompt in prompts:
-            if self.settings.apply_chat_template or not isinstance(prompt, str):
-                messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-                prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-                encoded.append(self.tokenizer(prompt, add_special_tokens=False).input_ids)
-            else:
-                encoded.append(self.tokenizer(prompt).input_ids)
-        if [] in encoded:
-            raise ValueError(
-                f"{type(self.tokenizer).__name__} makes no token of the prompt {prompts[encoded.index([])]!r}; is it "
-                "empty, or is the checkpoint's tokenizer.json not that of this model_type?"
-            )
-        room = self.base.config.max_position_embeddings - self.settings.rollout_max_response_len
-        longest = max(len(ids) for ids in encoded)
-        if longest > room:
-            raise ValueError(
-                f"a prompt of {longest} tokens and --rollout-max-response-len "
-                f"{self.settings.rollout_max_response_len} exceed this model's "
-                f"{self.base.config.max_position_embeddings} positions"
-            )
-        return encoded
+    def _in_turns(self, prompts: list[str | list], how, copies: int) -> list[Sample]:
+        samples, room = [], self.settings.rollout_max_response_len
+        for start in range(0, len(prompts), _PROMPTS_AT_A_TIME):
+            encoded = self.encoder.prompts(prompts[start : start + _PROMPTS_AT_A_TIME], room=room)
+            samples += self._generate(encoded, how, copies)
+        return samples
 
     @torch.no_grad()
-    def _generate(self, prompts: list[list[int]]) -> list[Sample]:
-        n = self.settings.n_samples_per_prompt
+    def _generate(self, prompts: list[list[int]], how, copies: int) -> list[Sample]:
         inputs = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self.device)
-        output = self.model.generate(**inputs, num_return_sequences=n)
+        output = self.model.generate(**inputs, generation_config=how, num_return_sequences=copies)
         responses = output[:, inputs["input_ids"].shape[1] :].tolist()
-        return [self._sample(prompts[i // n], response) for i, response in enumerate(responses)]
+        return [self._sample(prompts[i // copies], response) for i, response in enumerate(responses)]
 
     def _sample(self, prompt: list[int], response: list[int]) -> Sample:
-        end = next((i + 1 for i, token in enumerate(response) if token in self.eos_ids), len(response))
-        return Sample(prompt, response[:end], self.tokenizer.decode(response[:end], skip_special_tokens=True))
+        end = next((i + 1 for i, token in enumerate(response) if token in self.eos_ids), None)
+        response = response[:end]
+        text = self.tokenizer.decode(response, skip_special_tokens=True)
+        return Sample(prompt, response, text, ended=end is not None)
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:

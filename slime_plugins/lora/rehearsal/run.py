@@ -1,27 +1,26 @@
-"""The rehearsal: roll out with the exported adapter, reward, train on the Megatron ranks, export, again."""
+"""The rehearsal: samples, training on the Megatron ranks, export, again."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
+import shlex
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
-from slime_plugins.lora.objectives.grpo import Batch, group_advantages, make_batch
-from slime_plugins.lora.peft.verify import verify_adapter
-from slime_plugins.lora.rehearsal import outputs
-from slime_plugins.lora.rehearsal.cluster import Cluster, ray_cluster, resolve_device
+from slime_plugins.lora.checkpoint import directory
+from slime_plugins.lora.objectives import make_objective
+from slime_plugins.lora.objectives.batch import Batch
+from slime_plugins.lora.objectives.objective import Objective
+from slime_plugins.lora.rehearsal import final, outputs
+from slime_plugins.lora.rehearsal.cluster import Cluster, ray_cluster
+from slime_plugins.lora.rehearsal.devices import resolve_device
 from slime_plugins.lora.rehearsal.display import Display
-from slime_plugins.lora.rehearsal.outputs import Recorder
+from slime_plugins.lora.rehearsal.preflight import eval_prompts, train_prompts
+from slime_plugins.lora.rehearsal.rewards import Rewarder
+from slime_plugins.lora.rehearsal.samples import Source
 from slime_plugins.lora.rehearsal.settings import Settings
-from slime_plugins.lora.rehearsal.task import REWARDS, Prompt, read_prompts, shuffled
-
-LOGITS_TOLERANCE = 1e-4
-"""Largest absolute difference between Megatron's and transformers' logits that a float32 run may end with."""
-_COMPARED_TOKENS = 1024
-"""Tokens, roughly, on which the two are compared at the end."""
+from slime_plugins.lora.rehearsal.task import Prompt, shuffled
 
 
 def rehearse(settings: Settings, *, debug: bool = False) -> dict:
@@ -33,129 +32,137 @@ def rehearse(settings: Settings, *, debug: bool = False) -> dict:
     Raises:
         UsageError: no GPUs for ``--device cuda``.
         ValueError: a process died; or, at the end, the base has changed, logits differ, the adapter is not trained.
+        KeyboardInterrupt: with the command that goes on with the run, if it has saved something.
     """
     display = Display()
     out, adapter_dir = Path(settings.out), Path(settings.out) / outputs.ADAPTER
-    device = resolve_device(settings)
+    device, objective = resolve_device(settings), make_objective(settings.objective, settings)
     if outputs.claim(out):
         display.line(f"{out}: replacing the earlier rehearsal there")
-    display.line(f"starting {settings.world_size} Megatron ranks and a rollout process on {device} ...")
-    with outputs.Recorder(out, settings) as recorder, ray_cluster(settings, device, show_logs=debug) as cluster:
-        built = cluster.ranks("describe")[0]
-        display.line(built.pop("report"))
-        start = time.monotonic()
-        last_batch = train(cluster, settings, adapter_dir, recorder, display)
-        seconds = time.monotonic() - start
-        summary = {
-            "reward_first": recorder.steps[0]["reward"],
-            "reward_last": recorder.steps[-1]["reward"],
-            "steps": settings.steps,
-            "seconds_per_step": seconds / len(recorder.steps),
-            **built,
-            "logits_max_abs_diff": _logits_difference(cluster, settings, adapter_dir, last_batch),
-            **_checksums(cluster),
-            "settings": settings.to_dict(),
-        }
-    outputs.draw_curve(out, recorder.steps, f"{Path(settings.hf_checkpoint).name}, LoRA rank {settings.lora.rank}")
+    ranks = f"{settings.world_size} Megatron rank{'s' * (settings.world_size > 1)}"
+    display.line(f"starting {ranks} and a rollout process on {device} ...")
+    try:
+        with (
+            Rewarder(settings) as rewarder,
+            outputs.Recorder(out, settings) as recorder,
+            ray_cluster(settings, device, show_logs=debug) as cluster,
+        ):
+            built = cluster.ranks("describe")[0]
+            display.line(built.pop("report"))
+            source = Source(settings, objective, cluster, adapter_dir, rewarder, recorder, display)
+            start = time.monotonic()
+            trained, last_batch = train(source)
+            seconds = time.monotonic() - start
+            summary = {
+                **trained,
+                "seconds_per_step": seconds / len(recorder.steps),
+                **built,
+                "logits_max_abs_diff": final.logits_difference(cluster, settings, adapter_dir, last_batch),
+                **final.checksums(cluster),
+                "settings": settings.to_dict(),
+            }
+    except KeyboardInterrupt as interrupt:
+        raise type(interrupt)(_how_to_go_on(settings)) from None
+    title = f"{Path(settings.hf_checkpoint).name}, LoRA rank {settings.lora.rank}"
+    curve = outputs.draw_curve(out, recorder.steps, title, objective.curve)
     summary["serve_command"] = outputs.serve_command(out, settings.dtype, device)
     outputs.write_summary(out, summary)
-    verify(summary, settings, adapter_dir)
-    display.end(out, summary)
+    final.verify(summary, settings, adapter_dir)
+    display.end(out, curve.name, summary)
     return summary
 
 
-def train(cluster: Cluster, settings: Settings, adapter_dir: Path, recorder: Recorder, display: Display) -> Batch:
-    """The loop. Returns the last step's samples."""
-    first = cluster.ranks("load", settings.load)[0] if settings.load else 0
-    prompts = read_prompts(settings.prompt_data, settings.input_key, settings.label_key)
-    order = itertools.islice(shuffled(prompts, settings.seed), first * settings.rollout_batch_size, None)
-    cluster.ranks("export", str(adapter_dir))
-    with display.steps(settings.steps, first):
+def train(source: Source) -> tuple[dict, Batch]:
+    """The loop. Returns its part of the summary, and the last step's samples."""
+    settings, cluster, recorder = source.settings, source.cluster, source.recorder
+    first = _start(cluster, settings)
+    held_out, batches = eval_prompts(settings), _prompts_by_step(settings, first)
+    cluster.ranks("export", str(source.adapter_dir))
+    before = _evaluate_first(source, held_out, first)
+    with source.display.steps(settings.steps, first):
         for step in range(first, settings.steps):
             start = time.monotonic()
-            shown = list(itertools.islice(order, settings.rollout_batch_size))
-            batch, rolled_out = roll_out(cluster, settings, adapter_dir, shown, step)
-            trained = train_on(cluster, batch)
-            cluster.ranks("export", str(adapter_dir))
+            batch, sampled = source.batch(next(batches), step)
+            trained = train_on(cluster, batch, source.objective)
+            cluster.ranks("export", str(source.adapter_dir))
             seconds = time.monotonic() - start
             speed = {"tokens_per_s": batch.lengths().sum().item() / seconds, "seconds": seconds}
-            metrics = {"step": step, **rolled_out, **trained, **speed}
+            metrics = {"step": step + 1, **sampled, **trained, **speed}
+            if held_out and _is_due(settings, step + 1, settings.eval_interval):
+                metrics["eval_reward"] = source.held_out_reward(held_out, step + 1)
             recorder.step(metrics)
-            display.step(metrics)
-            if _is_save_step(settings, step + 1):
+            source.display.step(metrics, recorder)
+            if settings.save is not None and _is_due(settings, step + 1, settings.save_interval):
                 cluster.ranks("save", settings.save, step + 1)
-    return batch
+    return _results(source, first, before), batch
 
 
-def _is_save_step(settings: Settings, done: int) -> bool:
-    if settings.save is None:
-        return False
-    return done == settings.steps or (settings.save_interval is not None and done % settings.save_interval == 0)
+def _start(cluster: Cluster, settings: Settings) -> int:
+    """Read what the run starts from. Returns the number of steps that are done."""
+    if settings.lora_adapter_path is not None:
+        cluster.ranks("start_from", settings.lora_adapter_path)
+    return cluster.ranks("load", settings.load)[0] if settings.load else 0
 
 
-def roll_out(
-    cluster: Cluster, settings: Settings, adapter_dir: Path, prompts: list[Prompt], step: int
-) -> tuple[Batch, dict[str, float]]:
-    """Sample with the exported adapter, decode, reward."""
-    start = time.monotonic()
-    samples = cluster.rollout("sample", str(adapter_dir), [prompt.prompt for prompt in prompts], step)
-    n, reward = settings.n_samples_per_prompt, REWARDS[settings.rm_type]
-    rewards = torch.tensor([reward(sample.text, prompts[i // n].label) for i, sample in enumerate(samples)])
-    batch = make_batch(
-        [sample.prompt for sample in samples],
-        [sample.response for sample in samples],
-        group_advantages(rewards, n),
-        multiple=settings.tp,
-    )
-    return batch, {
-        "reward": rewards.mean().item(),
-        "response_length": batch.mask.sum(1).mean().item(),
-        "rollout_seconds": time.monotonic() - start,
-    }
+def _prompts_by_step(settings: Settings, first: int) -> Iterator[list[Prompt]]:
+    """From step ``first`` on, what a run that started at 0 would have."""
+    size = settings.rollout_batch_size
+    order = itertools.islice(shuffled(train_prompts(settings), settings.seed), first * size, None)
+    while True:
+        yield list(itertools.islice(order, size))
 
 
-def train_on(cluster: Cluster, batch: Batch) -> dict[str, float]:
-    """Train on one rollout. Metrics are means over the ranks that have a loss."""
+def _evaluate_first(source: Source, held_out: list[Prompt], first: int) -> dict[str, float]:
+    if not held_out:
+        return {}
+    reward = source.held_out_reward(held_out, first)
+    source.recorder.scalars(first, {"eval_reward": reward})
+    source.display.line(f"held-out reward before: {reward:.3f} ({len(held_out)} prompts, likeliest answers)")
+    return {"eval_reward_first": reward}
+
+
+def _is_due(settings: Settings, done: int, interval: int | None) -> bool:
+    """After the last step, and every ``interval`` before."""
+    return done == settings.steps or (interval is not None and done % interval == 0)
+
+
+def train_on(cluster: Cluster, batch: Batch, objective: Objective) -> dict[str, float]:
+    """Train on one batch. Metrics are means over the ranks that have a loss."""
     trained = [metrics for metrics in cluster.ranks("train", batch) if metrics is not None]
-    old_log_probs, *_ = [metrics.pop("old_log_probs") for metrics in trained]
+    if objective.sampled_log_probs is None:
+        return {name: sum(m[name] for m in trained) / len(trained) for name in trained[0]}
+    sampled, *_ = [metrics.pop("sampled_log_probs") for metrics in trained]
     metrics = {name: sum(m[name] for m in trained) / len(trained) for name in trained[0]}
     # Does Megatron's policy give the samples the probability that they were drawn with?
-    head = batch[: len(old_log_probs)]
-    difference = (cluster.rollout("log_probs", head.tokens) - old_log_probs).abs() * head.mask
+    head = batch[: len(sampled)]
+    difference = (cluster.rollout("log_probs", head.tokens) - sampled).abs() * head.mask
     return {**metrics, "rollout_log_prob_abs_diff": (difference.sum() / head.mask.sum()).item()}
 
 
-def _logits_difference(cluster: Cluster, settings: Settings, adapter_dir: Path, batch: Batch) -> float:
-    """Largest difference between Megatron with its adapters and transformers with the exported ones, on samples."""
-    multiple = settings.pp if settings.vpp else 1  # what the interleaved schedule can cut
-    samples = min(len(batch), _COMPARED_TOKENS // batch.tokens.shape[1]) // multiple * multiple
-    head = batch[: max(samples, multiple)]
-    cluster.rollout("load_adapter", str(adapter_dir))
-    expected = cluster.rollout("logits", head.tokens)
-    logits = next(result for result in cluster.ranks("logits", head.tokens) if result is not None)
-    real = head.lengths()[:, None] > torch.arange(head.tokens.shape[1])
-    return (logits - expected)[real].abs().max().item()
+def _results(source: Source, first: int, before: dict[str, float]) -> dict:
+    """Metrics of this run's own steps, a resumed one's too."""
+    recorder, results = source.recorder, {}
+    for name in ("reward", "loss"):
+        if name in recorder.steps[0]:
+            results[f"{name}_first"] = recorder.steps[0][name]
+            results[f"{name}_last"] = recorder.steps[-1][name]
+            results[f"{name}_window"] = recorder.mean(name)
+    if "eval_reward" in recorder.steps[-1]:
+        results |= {**before, "eval_reward_last": recorder.steps[-1]["eval_reward"]}
+    if source.objective.rollouts:
+        results["steps_without_signal"] = source.flat_steps
+    return {**results, "steps": len(recorder.steps), "first_step": first + 1, "last_step": source.settings.steps}
 
 
-def _checksums(cluster: Cluster) -> dict[str, str]:
-    """One SHA-256 over those of all ranks, of the base as loaded and as it is now."""
-    before, after = zip(*cluster.ranks("base_checksums"), strict=True)
-    return {
-        "base_checksum_before": hashlib.sha256("".join(before).encode()).hexdigest(),
-        "base_checksum_after": hashlib.sha256("".join(after).encode()).hexdigest(),
-    }
-
-
-def verify(summary: dict, settings: Settings, adapter_dir: Path) -> None:
-    """Raise ValueError for a run that must not be believed."""
-    if summary["base_checksum_before"] != summary["base_checksum_after"]:
-        raise ValueError("the base changed while training: its checksum is not the one it was loaded with")
-    difference = summary["logits_max_abs_diff"]
-    if settings.dtype == "float32" and not difference <= LOGITS_TOLERANCE:
-        raise ValueError(
-            f"Megatron's logits differ from those of transformers + PEFT by {difference:.1e}, "
-            f"expected at most {LOGITS_TOLERANCE:.0e}"
-        )
-    report = verify_adapter(adapter_dir, settings.hf_checkpoint)
-    if not report.ok:
-        raise ValueError(f"{adapter_dir}: {report.problems[0]}")
+def _how_to_go_on(settings: Settings) -> str:
+    """The command that resumes an interrupted run; empty where nothing can be resumed."""
+    if settings.save is None:
+        return ""
+    try:
+        checkpoint = directory.find(settings.save)
+    except (ValueError, OSError):
+        return f"nothing is saved in {settings.save} yet"
+    config = Path(settings.out) / outputs.SETTINGS
+    out = f"{settings.out}-after-{checkpoint.name}"
+    command = ["slime-lora", "rehearse", "--config", str(config), "--load", settings.save, "--out", out]
+    return f"go on with: {shlex.join(command)}"

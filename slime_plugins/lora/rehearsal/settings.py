@@ -1,40 +1,76 @@
-"""Everything one rehearsal is told, and every check of it that needs no file."""
+"""Everything one rehearsal is told, every value filled in, and every check of it that needs no file."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from slime_plugins.lora.arguments import lora_args
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.objectives import OBJECTIVES, objective_class, option_names
 
 MICRO_BATCH_TOKENS = 4096
 """Tokens, padding included, that one forward pass may hold unless ``--micro-batch-size`` says otherwise."""
 
+MAX_COUNT = 1_000_000_000
+"""Of anything; more is a slip of the finger."""
+MAX_PROCESSES = 64
+"""On one machine; more would bring it down."""
+
 _COUNTS = (
     *("tp", "pp", "dp", "vpp", "steps", "rollout_batch_size", "n_samples_per_prompt", "rollout_max_response_len"),
-    *("num_steps_per_rollout", "micro_batch_size", "save_interval"),
+    *("num_steps_per_rollout", "micro_batch_size", "save_interval", "eval_interval"),
 )
+
+_BUILTIN = {"steps": 70, "rollout_batch_size": 32, "rollout_max_response_len": 4, "lr": 5e-3}
+_OWN = {"steps": 20, "rollout_batch_size": 8, "rollout_max_response_len": 128, "lr": 1e-4}
+DEFAULTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "grpo": ({**_BUILTIN, "n_samples_per_prompt": 16}, {**_OWN, "n_samples_per_prompt": 8}),
+    "sft": (
+        {**_BUILTIN, "rollout_batch_size": 128, "n_samples_per_prompt": 1, "num_steps_per_rollout": 1},
+        {**_OWN, "rollout_batch_size": 16, "n_samples_per_prompt": 1, "num_steps_per_rollout": 1},
+    ),
+}
+"""Objective -> what differs from the fields' own defaults for the built-in base and task, and for one's own.
+
+The built-in base has a hidden size of 64 and takes a high rate; wide models want 1e-5 to 1e-4.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Flags of ``slime-lora rehearse``, named as slime names them where slime has them.
 
-    Fields that are None by default depend on whether the built-in base and task are used; ``resolved`` fills them.
+    The defaults are those of GRPO on the built-in base; ``resolve`` gives those of other runs.
     """
 
-    hf_checkpoint: str | None = None
-    """Base: Qwen2, Qwen3 or Llama directory; None makes and caches the built-in one."""
-    prompt_data: str | None = None
+    objective: str = "grpo"
+    """Name in ``objectives.OBJECTIVES``."""
+    hf_checkpoint: str = ""
+    """Base: Qwen2, Qwen3 or Llama directory; empty for the built-in one, which ``preflight.prepare`` makes."""
+    prompt_data: str = ""
     """jsonl of prompts and labels; given together with ``hf_checkpoint``."""
     input_key: str = "input"
     label_key: str = "label"
+    response_key: str | None = None
+    """Of the response to train on, where it is given; None takes ``label_key``."""
+    metadata_key: str = "metadata"
+    """Of an object that rewards of one's own see."""
     apply_chat_template: bool = False
     """Put text prompts through the tokenizer's chat template as one user message."""
     rm_type: str = "exact"
-    """Name in ``task.REWARDS``."""
+    """Name in ``rewards.RULES``."""
+    custom_rm_path: str | None = None
+    """``module.function``, slime's: (args, sample) -> reward, async or not; instead of ``rm_type``."""
+    eval_data: str | None = None
+    """jsonl of held-out prompts; the built-in task brings its own."""
+    eval_interval: int | None = None
+    """Steps between evaluations; None evaluates before the first step and after the last."""
     tp: int = 2
     pp: int = 1
     vpp: int | None = None
@@ -47,18 +83,18 @@ class Settings:
     dtype: str = "float32"
     recompute_granularity: str | None = None
     """Activation recompute: ``full`` or ``selective``."""
-    steps: int | None = None
-    rollout_batch_size: int | None = None
+    steps: int = 70
+    rollout_batch_size: int = 32
     """Prompts per step."""
-    n_samples_per_prompt: int | None = None
-    rollout_max_response_len: int | None = None
+    n_samples_per_prompt: int = 16
+    rollout_max_response_len: int = 4
     """Tokens."""
     rollout_temperature: float = 1.0
     num_steps_per_rollout: int = 2
     """Optimizer steps per rollout. From the second on, samples are off-policy, and clipping acts."""
     micro_batch_size: int | None = None
     """Samples per forward pass; None takes what fits in ``MICRO_BATCH_TOKENS``."""
-    lr: float | None = None
+    lr: float = 5e-3
     """Constant. For adapters, so some 10 times that of full training."""
     weight_decay: float = 0.0
     clip_grad: float = 1.0
@@ -66,24 +102,30 @@ class Settings:
     kl_loss_coef: float = 0.01
     seed: int = 1234
     out: str = "runs/rehearsal"
+    show_samples: int = 0
+    """Samples of every step that are printed."""
     save: str | None = None
     """Directory for sharded checkpoints (adapters, optimizer, random states); the last step is always saved."""
     save_interval: int | None = None
     """Steps between them; None saves the last step alone."""
     load: str | None = None
     """Checkpoint, or a run's directory of them, to go on from, up to ``steps`` in all; any parallelism."""
+    lora_adapter_path: str | None = None
+    """PEFT directory or checkpoint whose adapter is the start; step and optimizer start anew."""
+    use_wandb: bool = False
+    wandb_mode: str | None = None
+    wandb_dir: str | None = None
+    wandb_key: str | None = None
+    wandb_host: str | None = None
+    wandb_team: str | None = None
+    wandb_group: str | None = None
+    wandb_project: str | None = None
     lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
-
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> Settings:
-        """From the parsed flags of ``cli.rehearse``."""
-        names = [field.name for field in dataclasses.fields(cls) if field.name != "lora"]
-        return cls(**{name: getattr(args, name) for name in names}, lora=LoRAConfig.from_args(args))
 
     @property
     def builtin(self) -> bool:
-        """Is this a run on the built-in base and task?"""
-        return self.hf_checkpoint is None
+        """Is this a run on the built-in base and task, not made yet?"""
+        return not self.hf_checkpoint
 
     @property
     def world_size(self) -> int:
@@ -94,58 +136,66 @@ class Settings:
         """Samples of one optimizer step on one data-parallel rank."""
         return self.rollout_batch_size * self.n_samples_per_prompt // (self.num_steps_per_rollout * self.dp)
 
-    def resolved(self) -> Settings:
-        """With every default filled in."""
-        if self.builtin:
-            defaults = {
-                "steps": 70,
-                "lr": 5e-3,  # for a hidden size of 64; wide models want 1e-5 to 1e-4
-                "rollout_batch_size": 32,
-                "n_samples_per_prompt": 16,
-                "rollout_max_response_len": 4,
-            }
-        else:
-            defaults = {
-                "steps": 20,
-                "lr": 1e-4,
-                "rollout_batch_size": 8,
-                "n_samples_per_prompt": 8,
-                "rollout_max_response_len": 128,
-            }
-        return dataclasses.replace(
-            self, **{name: value for name, value in defaults.items() if getattr(self, name) is None}
-        )
-
     def check(self) -> None:
-        """Refuse what cannot work. Of ``resolved`` settings.
+        """Refuse what cannot work.
 
         Raises:
             UsageError: naming the flag.
         """
-        if (self.hf_checkpoint is None) != (self.prompt_data is None):
+        if (not self.hf_checkpoint) != (not self.prompt_data):
             raise UsageError("--hf-checkpoint and --prompt-data go together; without both, the built-in ones are used")
+        self._check_numbers()
+        rollouts = objective_class(self.objective).rollouts
+        if rollouts and self.n_samples_per_prompt < 2:
+            raise UsageError("--n-samples-per-prompt 1: GRPO compares the samples of one prompt, expected at least 2")
+        if not rollouts and self.n_samples_per_prompt != 1:
+            raise UsageError(
+                f"--n-samples-per-prompt {self.n_samples_per_prompt}: --objective {self.objective} trains on the one "
+                "response that is given to each prompt, expected 1"
+            )
+        for name, needs in (("save_interval", "save"), ("eval_interval", "eval_data")):
+            if getattr(self, name) is not None and not getattr(self, needs) and not (self.builtin and "eval" in name):
+                raise UsageError(f"{flag(name)} without {flag(needs)}: {flag(needs)} says where")
+        if self.load and self.lora_adapter_path:
+            raise UsageError(
+                "--load goes on with a run, --lora-adapter-path starts one from an adapter; leave one of them out"
+            )
+        given = [flag(name) for name, value in _wandb(self) if value is not None]
+        if given and not self.use_wandb:
+            raise UsageError(f"{', '.join(given)} without --use-wandb; add --use-wandb, or drop them")
+        self._check_parallel()
+
+    def _check_numbers(self) -> None:
         for name in _COUNTS:
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{_flag(name)} {value}: expected at least 1")
-        if self.n_samples_per_prompt < 2:
-            raise UsageError("--n-samples-per-prompt 1: GRPO compares the samples of one prompt, expected at least 2")
+            if value is not None and not 1 <= value <= MAX_COUNT:
+                raise UsageError(f"{flag(name)} {value}: expected a whole number from 1 to {MAX_COUNT:,}")
+        for name, most in (("seed", 2**32 - 1), ("show_samples", MAX_COUNT)):
+            if not 0 <= getattr(self, name) <= most:
+                raise UsageError(f"{flag(name)} {getattr(self, name)}: expected a whole number from 0 to {most:,}")
         for name in ("lr", "rollout_temperature", "eps_clip"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"{_flag(name)} {getattr(self, name)}: expected more than 0")
+            if not 0 < getattr(self, name) <= MAX_COUNT:
+                raise UsageError(f"{flag(name)} {getattr(self, name)}: expected a number above 0, to {MAX_COUNT:,}")
         for name in ("kl_loss_coef", "weight_decay", "clip_grad"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"{_flag(name)} {getattr(self, name)}: expected 0 or more")
-        if self.save_interval is not None and self.save is None:
-            raise UsageError("--save-interval without --save: where to?")
-        self._check_parallel()
+            if not 0 <= getattr(self, name) <= MAX_COUNT:
+                raise UsageError(f"{flag(name)} {getattr(self, name)}: expected a number from 0 to {MAX_COUNT:,}")
 
     def _check_parallel(self) -> None:
         if self.sp and self.tp == 1:
             raise UsageError("--sp cuts sequences over tensor-parallel ranks; it needs --tp of at least 2")
         if self.vpp is not None and (self.vpp < 2 or self.pp < 2):
             raise UsageError(f"--vpp {self.vpp} --pp {self.pp}: the interleaved schedule needs both to be at least 2")
+        if self.world_size > MAX_PROCESSES:
+            raise UsageError(
+                f"--tp {self.tp} --pp {self.pp} --dp {self.dp}: {self.world_size:,} processes on this machine, "
+                f"expected at most {MAX_PROCESSES}"
+            )
         samples = self.rollout_batch_size * self.n_samples_per_prompt
+        if samples > MAX_COUNT:
+            raise UsageError(
+                f"{samples:,} samples per step (--rollout-batch-size x --n-samples-per-prompt), expected at most "
+                f"{MAX_COUNT:,}"
+            )
         parts = self.num_steps_per_rollout * self.dp
         if samples % parts:
             raise UsageError(
@@ -168,7 +218,7 @@ class Settings:
         if self.micro_batch_size is not None:
             counts = [samples // self.micro_batch_size]
         else:
-            counts = [count for count in range(1, samples + 1) if samples % count == 0]
+            counts = list(_divisors(samples))
         counts = [count for count in counts if count % step == 0]
         if not counts:
             raise UsageError(
@@ -179,10 +229,61 @@ class Settings:
         ]
         return min(fitting, default=max(counts))
 
-    def to_dict(self) -> dict:
-        """JSON-ready."""
-        return {**dataclasses.asdict(self), "lora": self.lora.to_dict()}
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; without secrets, so that a directory of results can be handed on."""
+        values = {**dataclasses.asdict(self), "lora": self.lora.to_dict()}
+        del values["wandb_key"]
+        return values
+
+    def namespace(self) -> argparse.Namespace:
+        """As the parsed flags of a program: what rewards of one's own are given."""
+        values = {name: value for name, value in self.to_dict().items() if name != "lora"}
+        return argparse.Namespace(**values, **lora_args(self.lora), use_lora=True)
 
 
-def _flag(name: str) -> str:
+def resolve(given: Mapping[str, Any], lora: LoRAConfig) -> Settings:
+    """What was given, and the defaults of such a run for the rest. Not checked yet.
+
+    Raises:
+        UsageError: an unknown objective, and flags that only another one reads.
+    """
+    name = given.get("objective", "grpo")
+    if name not in OBJECTIVES:
+        raise UsageError(f"--objective {name}: expected one of {', '.join(OBJECTIVES)}")
+    builtin, own = DEFAULTS[name]
+    return Settings(**{**(own if given.get("hf_checkpoint") else builtin), **given, "lora": lora})
+
+
+def refuse_unread(objective: str, given: Mapping[str, Any]) -> None:
+    """Raise UsageError for flags that were typed but that this objective does not read."""
+    own = objective_class(objective)
+    for name in OBJECTIVES:
+        for option in option_names(objective_class(name)):
+            if option in given and option not in option_names(own):
+                raise UsageError(f"{flag(option)} is read by --objective {name}, not by {objective}; drop it")
+    if own.rollouts:
+        unread = "response_key"
+        why = "it trains on what it samples"
+    else:
+        unread, why = "show_samples", "its responses are given"
+    if unread in given:
+        raise UsageError(f"{flag(unread)} is not read by --objective {objective}: {why}; drop it")
+
+
+def flag(name: str) -> str:
+    """A field as it is typed."""
     return "--" + name.replace("_", "-")
+
+
+def _wandb(settings: Settings) -> Iterator[tuple[str, Any]]:
+    names = (field.name for field in dataclasses.fields(settings) if field.name.startswith("wandb_"))
+    return ((name, getattr(settings, name)) for name in names)
+
+
+def _divisors(number: int) -> Iterator[int]:
+    """In no order. By their smaller halves: a rank may have a million samples."""
+    for small in range(1, math.isqrt(number) + 1):
+        if number % small == 0:
+            yield small
+            if small != number // small:
+                yield number // small

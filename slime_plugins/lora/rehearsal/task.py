@@ -1,4 +1,4 @@
-"""Prompts with labels, and rewards that compare a decoded answer with its label. No model.
+"""Prompts with labels. No model.
 
 The built-in task is ``recall``: five different digits and an ordinal word; the answer is the digit in that place.
 """
@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 import random
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
 DIGITS = tuple(str(digit) for digit in range(10))
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -24,10 +22,26 @@ class Prompt:
 
     prompt: str | list
     """Text, or chat messages."""
-    label: str
+    label: str | None
+    """None where rewards of one's own do without."""
+    response: str = ""
+    """To train on, where responses are given."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_prompts(path: str | Path, input_key: str, label_key: str) -> list[Prompt]:
+@dataclass(frozen=True, kw_only=True)
+class Keys:
+    """Where in a line of the file things are."""
+
+    input: str = "input"
+    label: str = "label"
+    label_required: bool = True
+    response: str | None = None
+    """None: no response is read."""
+    metadata: str = "metadata"
+
+
+def read_prompts(path: str | Path, keys: Keys) -> list[Prompt]:
     """Read a jsonl file, one object per line. Empty lines are skipped.
 
     Raises:
@@ -36,30 +50,46 @@ def read_prompts(path: str | Path, input_key: str, label_key: str) -> list[Promp
     """
     prompts = []
     with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                prompts.append(_read_line(line, f"{path}:{number}", input_key, label_key))
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    prompts.append(_read_line(line, f"{path}:{number}", keys))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text: {error}") from None
     if not prompts:
         raise ValueError(f"{path}: no prompts in this file, expected one JSON object per line")
     return prompts
 
 
-def _read_line(line: str, where: str, input_key: str, label_key: str) -> Prompt:
+def _read_line(line: str, where: str, keys: Keys) -> Prompt:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    for key, flag in ((input_key, "--input-key"), (label_key, "--label-key")):
-        if key not in row:
-            raise ValueError(f"{where}: no key {key!r} ({flag}), this line has: {', '.join(row) or 'none'}")
-    prompt, label = row[input_key], row[label_key]
+    prompt = _value(row, keys.input, "--input-key", where)
     if not isinstance(prompt, (str, list)) or not prompt:
-        raise ValueError(f"{where}: {input_key!r} is {prompt!r}, expected text or a list of chat messages")
-    if isinstance(label, (list, dict)) or label is None:
-        raise ValueError(f"{where}: {label_key!r} is {label!r}, expected text or a number")
-    return Prompt(prompt, str(label))
+        raise ValueError(f"{where}: {keys.input!r} is {prompt!r}, expected text or a list of chat messages")
+    label = _text(row, keys.label, "--label-key", where) if keys.label_required or keys.label in row else None
+    response = "" if keys.response is None else _text(row, keys.response, "--response-key", where)
+    metadata = row.get(keys.metadata) or {}
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{where}: {keys.metadata!r} (--metadata-key) is {metadata!r}, expected a JSON object")
+    return Prompt(prompt, label, response, metadata)
+
+
+def _value(row: dict, key: str, flag: str, where: str) -> Any:
+    if key not in row:
+        raise ValueError(f"{where}: no key {key!r} ({flag}), this line has: {', '.join(row) or 'none'}")
+    return row[key]
+
+
+def _text(row: dict, key: str, flag: str, where: str) -> str:
+    value = _value(row, key, flag, where)
+    if isinstance(value, (list, dict)) or value is None:
+        raise ValueError(f"{where}: {key!r} is {value!r}, expected text or a number")
+    return str(value)
 
 
 def shuffled(items: Sequence[Any], seed: int) -> Iterator[Any]:
@@ -77,22 +107,3 @@ def recall_prompts(count: int, seed: int) -> list[dict[str, str]]:
         digits, place = rng.sample(DIGITS, len(ORDINALS)), rng.randrange(len(ORDINALS))
         rows.append({"input": " ".join([*digits, ORDINALS[place]]), "label": digits[place]})
     return rows
-
-
-def exact(response: str, label: str) -> float:
-    """1 if the whole response is the label, up to white space around it."""
-    return float(response.strip() == label.strip())
-
-
-def number(response: str, label: str) -> float:
-    """1 if the last number in the response is the label's last number: for worked answers."""
-    found, wanted = _last_number(response), _last_number(label)
-    return float(found is not None and found == wanted)
-
-
-def _last_number(text: str) -> float | None:
-    found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
-
-
-REWARDS: dict[str, Callable[[str, str], float]] = {"exact": exact, "number": number}

@@ -1,20 +1,24 @@
-"""One Megatron rank: adapters on a frozen base, Megatron's DDP, distributed optimizer and schedules, GRPO steps.
+"""One Megatron rank: adapters on a frozen base, Megatron's DDP, distributed optimizer and schedules.
+
+What it trains for is an ``Objective``; this file knows none of them.
 
 All methods are collective: the driver calls them on every rank.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from slime_plugins.lora.objectives.grpo import Batch, grpo_loss
+from slime_plugins.lora.objectives import make_objective
+from slime_plugins.lora.objectives.batch import Batch
+from slime_plugins.lora.objectives.objective import Computed, ModelOutput
 from slime_plugins.lora.rehearsal import cpu
 from slime_plugins.lora.rehearsal.settings import Settings
 
@@ -45,6 +49,7 @@ class RankTrainer:
         from slime_plugins.lora.rehearsal.model import build_chunks
 
         self.settings = settings
+        self.objective = make_objective(settings.objective, settings)
         dtype = getattr(torch, settings.dtype)
         self.vocab_size = HFBase.read(settings.hf_checkpoint).vocab_size
         self.is_last_stage = mpu.is_pipeline_last_stage()
@@ -98,28 +103,26 @@ class RankTrainer:
         return next(self.chunks[0].parameters()).device
 
     def train(self, batch: Batch) -> dict | None:
-        """Old and reference log-probs, then the optimizer steps of one rollout.
+        """What the objective wants computed, then the optimizer steps on one batch.
 
         Args:
             batch: the samples of all data-parallel ranks.
         Returns:
-            On the last pipeline stage, metrics averaged over this rank's samples and the steps, and
-            ``old_log_probs`` of its first samples; None on others. In rank order, the first is of the batch's start.
+            On the last pipeline stage, metrics averaged over this rank's samples and the steps, and, if the objective
+            has them, ``sampled_log_probs`` of its first samples; None on others. In rank order, the first is of the
+            batch's start.
         """
-        from slime_plugins.lora import adapters_disabled
-
-        parts = [part[self._my_rows(len(part))] for part in _split(batch, self.settings.num_steps_per_rollout)]
-        for part in parts:
-            part.old_log_probs = self._log_probs(part)
-            with adapters_disabled(self.chunks):
-                part.ref_log_probs = self._log_probs(part)
+        objective = self.objective
+        parts = list(_split(batch, self.settings.num_steps_per_rollout))
+        parts = [self._computed(objective.prepare(part)[self._my_rows(len(part))]) for part in parts]
         steps = [self._optimizer_step(part) for part in parts]
         if not self.is_last_stage:
             return None
-        metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-        # Of the first step: later ones are off-policy, their adapters have moved already.
-        metrics["kl"] = steps[0]["kl"]
-        return {**metrics, "old_log_probs": parts[0].old_log_probs[:8].cpu()}
+        metrics: dict = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        metrics |= {name: steps[0][name] for name in objective.of_first_step}
+        if objective.sampled_log_probs is not None:
+            metrics["sampled_log_probs"] = parts[0].fields[objective.sampled_log_probs][:8].cpu()
+        return metrics
 
     def export(self, out_dir: str) -> None:
         """Write the adapters as a PEFT directory."""
@@ -134,20 +137,35 @@ class RankTrainer:
         save_adapter(self.model, path, optimizer=self.optimizer, step=step)
 
     def load(self, path: str) -> int:
-        """Read one, of any parallelism. Returns the number of steps it has seen."""
-        from slime_plugins.lora import load_adapter
+        """Read one, of any parallelism. Returns the number of steps it has seen: 0 for an imported adapter's.
 
-        return load_adapter(self.model, path, optimizer=self.optimizer).step
+        Without optimizer state, as an imported adapter's is, the optimizer starts anew.
+        """
+        from slime_plugins.lora import load_adapter
+        from slime_plugins.lora.checkpoint import directory
+        from slime_plugins.lora.checkpoint.manifest import Manifest
+
+        bare = Manifest.read(directory.find(path)).optimizer is None
+        return load_adapter(self.model, path, optimizer=self.optimizer, fresh_optimizer=bare).step or 0
+
+    def start_from(self, path: str) -> None:
+        """Take the adapter's values from a PEFT directory or a sharded checkpoint; the optimizer starts anew."""
+        from slime_plugins.lora import import_peft, load_adapter
+
+        if (Path(path) / "adapter_config.json").is_file():
+            import_peft(self.chunks, path, optimizer=self.optimizer)
+        else:
+            load_adapter(self.model, path, optimizer=self.optimizer, fresh_optimizer=True, restore_rng=False)
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """float32 [N, S, vocab] on the last stage; ``S`` a multiple of TP, ``N`` of PP where there is VPP."""
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-        def keep(micro, logits):
-            full = gather_from_tensor_model_parallel_region(logits)[..., : self.vocab_size]
-            return logits.new_zeros(()), {"logits": full.float().cpu()}
+        def keep(output: ModelOutput, micro: Batch):
+            full = gather_from_tensor_model_parallel_region(output.logits)[..., : self.vocab_size]
+            return output.logits.new_zeros(()), {"logits": full.float().cpu()}
 
-        batch = Batch(tokens, torch.zeros(tokens.shape), torch.zeros(len(tokens)))
+        batch = Batch(tokens, torch.zeros(tokens.shape))
         count = self.settings.pp if self.settings.vpp else 1
         outputs = self._run(batch, keep, forward_only=True, num_microbatches=count)
         return torch.cat([output["logits"] for output in outputs]) if outputs else None
@@ -160,38 +178,55 @@ class RankTrainer:
         share = size // self.settings.dp
         return slice(self.dp_rank * share, (self.dp_rank + 1) * share)
 
-    def _log_probs(self, batch: Batch) -> torch.Tensor | None:
-        """float32 [N, S] on the last stage."""
+    def _computed(self, batch: Batch) -> Batch:
+        """With the fields that the objective wants computed; on the last stage, where the loss is."""
+        from slime_plugins.lora import adapters_disabled
 
-        def keep(micro, logits):
-            return logits.new_zeros(()), {"log_probs": self._token_log_probs(logits, micro.tokens)}
+        fields = {}
+        for name, computed in self.objective.computed.items():
+            with contextlib.nullcontext() if computed.adapters else adapters_disabled(self.chunks):
+                values = self._evaluate(batch, computed)
+            if values is not None:
+                fields[name] = values
+        return batch.having(**fields)
+
+    def _evaluate(self, batch: Batch, computed: Computed) -> torch.Tensor | None:
+        """[N, ...] on the last stage."""
+
+        def keep(output: ModelOutput, micro: Batch):
+            return output.logits.new_zeros(()), {"values": computed.of(output, micro)}
 
         outputs = self._run(batch, keep, forward_only=True)
-        return torch.cat([output["log_probs"] for output in outputs]) if outputs else None
+        return torch.cat([output["values"] for output in outputs]) if outputs else None
 
     def _optimizer_step(self, batch: Batch) -> dict[str, float]:
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-
-        def loss(micro, logits):
-            log_probs = self._token_log_probs(logits, micro.tokens)
-            settings = self.settings
-            return grpo_loss(log_probs, micro, eps_clip=settings.eps_clip, kl_loss_coef=settings.kl_loss_coef)
-
-        outputs = self._run(batch, loss, forward_only=False)
+        outputs = self._run(batch, self.objective.loss, forward_only=False)
         _, grad_norm, _ = self.optimizer.step()
         if not outputs:
             return {}
         means = {name: sum(output[name].item() for output in outputs) / len(outputs) for name in outputs[0]}
         return {**means, "grad_norm": float(grad_norm)}
 
+    def _output(self, micro: Batch, logits: torch.Tensor) -> ModelOutput:
+        from megatron.core import parallel_state as mpu
+
+        return ModelOutput(
+            logits,
+            first_column=mpu.get_tensor_model_parallel_rank() * logits.shape[-1],
+            vocab_size=self.vocab_size,
+            token_log_probs=lambda: self._token_log_probs(logits, micro.tokens),
+            tp_group=mpu.get_tensor_model_parallel_group(),
+        )
+
     def _token_log_probs(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Log-prob of token t at position t, float32 [N, S], from this rank's shard of logits [N, S, V/T]."""
         from megatron.core import parallel_state as mpu
         from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-        scaled = logits[:, :-1].float() / self.settings.rollout_temperature
+        scaled = logits[:, :-1].float() / self.objective.temperature
         first = mpu.get_tensor_model_parallel_rank() * scaled.shape[-1]
         padding = first + torch.arange(scaled.shape[-1], device=scaled.device) >= self.vocab_size
         # Megatron's cross entropy overwrites its input: masked_fill hands it a copy.
@@ -201,7 +236,7 @@ class RankTrainer:
     def _run(
         self, batch: Batch, consume: Callable, *, forward_only: bool, num_microbatches: int | None = None
     ) -> list[dict]:
-        """Megatron's schedule over a batch; ``consume(micro, logits)`` gives a loss and a dict.
+        """Megatron's schedule over a batch; ``consume(output, micro)`` gives a loss and a dict.
 
         Returns the dicts, on the last stage.
         """
@@ -214,7 +249,8 @@ class RankTrainer:
 
         def forward_step(iterator: Iterator[Batch], chunk):
             micro = next(iterator)
-            return chunk(micro.tokens, positions.expand_as(micro.tokens), None), partial(consume, micro)
+            logits = chunk(micro.tokens, positions.expand_as(micro.tokens), None)
+            return logits, lambda logits: consume(self._output(micro, logits), micro)
 
         for chunk in self.model:
             chunk.train(not forward_only)
@@ -233,12 +269,12 @@ class RankTrainer:
 
 def base_checksum(chunks) -> str:
     """SHA-256 over the bits of every parameter of one rank that is not an adapter's."""
+    from slime_plugins.lora.adapters import base_parameters
+
     digest = hashlib.sha256()
-    for chunk in chunks:
-        for name, param in chunk.named_parameters():
-            if "lora_" not in name:
-                digest.update(name.encode())
-                digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for name, param in base_parameters(chunks):
+        digest.update(name.encode())
+        digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -83,12 +83,12 @@ def convert_zero(
     lora, others = _find_adapter(checkpoint, adapter)
     tensors = _Adapter(checkpoint, lora, dtype)
     config, config_from = _config(Path(checkpoint_dir), checkpoint, tensors, adapter, alpha, base_model)
-    base = base_model if base_model and Path(base_model, "config.json").is_file() else None
+    base = _local_base(base_model)
     report = None
 
     def judge(written: Path) -> None:
         nonlocal report
-        report = verify_adapter(written, base)
+        report = verify_adapter(written, base.directory if base else None)
         if not report.ok:
             more = f" (and {len(report.problems) - 1} more)" if len(report.problems) > 1 else ""
             raise ValueError(f"not written, the result is not a good adapter: {report.problems[0].message}{more}")
@@ -199,10 +199,21 @@ def _config(
     return config, f"inferred: rank {rank} from the tensors, alpha {alpha:g} as given, scaling alpha / rank"
 
 
+def _local_base(base_model: str | None) -> BaseCheckpoint | None:
+    """The base, where it is a directory here. Raises UsageError for what is neither that nor a name on the hub."""
+    if base_model is None:
+        return None
+    if os.path.lexists(base_model):
+        return BaseCheckpoint(base_model)
+    if not re.fullmatch(r"[\w.-]+(?:/[\w.-]+)?", base_model) or base_model.startswith("."):
+        raise UsageError(f"--base-model {base_model!r:.120}: no such directory, and no name of a model (owner/name)")
+    return None
+
+
 def _base_linears(checkpoint: ZeroCheckpoint, base_model: str | None, adapted: Iterable[str]) -> set[str]:
     """Names of the base's modules as far as they are known: from the base, the checkpoint, or other layers."""
-    if base_model and Path(base_model, "config.json").is_file():
-        return set(BaseCheckpoint(base_model).linears)
+    if base := _local_base(base_model):
+        return set(base.linears)
     known = {match["module"] for name in checkpoint.names if (match := _BASE_WEIGHT.fullmatch(name))}
     known = {module for module in known if ".lora_" not in module}
     if known - set(adapted):

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.files.regular import read_small
 from slime_plugins.lora.files.torch_file import TorchFile
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
@@ -89,6 +90,8 @@ class ZeroCheckpoint(Mapping[str, torch.Tensor]):
         self.deepspeed_version: str | None = state.get("ds_version")
         self.stage = _stage(self._model, sharded=models[0].name.startswith("zero_"))
         self.weights: Mapping[str, torch.Tensor] = _field(self._model, state, "module", Mapping)
+        if not all(isinstance(weight, torch.Tensor) for weight in self.weights.values()):
+            raise ValueError(f"{models[0]}: 'module' is not the tensors by name that DeepSpeed writes")
         self.names = frozenset(self.weights) | frozenset(state.get("frozen_param_shapes") or ())
         """Names of all parameters that the checkpoint speaks of, frozen ones too."""
         for path in models[1:]:
@@ -143,7 +146,7 @@ class ZeroCheckpoint(Mapping[str, torch.Tensor]):
         first = files[0]
         state = _field(first, first.value, "optimizer_state_dict", Mapping)
         count = _field(first, state, "partition_count", (int, list, tuple))
-        self.world_size = count if isinstance(count, int) else max(count)
+        self.world_size = count if isinstance(count, int) else max(count, default=0)
         _complete([file.path for file in files], self.world_size, first.path.name)
         for file in files[1:]:
             _same_run(first, file, _optim_marks)
@@ -168,7 +171,7 @@ def find_tag(directory: Path, tag: str | None) -> Path:
         known = f"choose one with --tag: {', '.join(tags)}" if tags else "and no directory with *_model_states.pt"
         raise UsageError(f"{directory}: not a DeepSpeed checkpoint, it has no file 'latest'; {known}")
     if tag is None:
-        tag = latest.read_text(errors="replace").strip()
+        tag = read_small(latest, 4096).decode(errors="replace").strip()
     if tag not in tags:
         raise UsageError(f"{directory}: no checkpoint with tag {tag!r}; there is: {', '.join(tags) or 'none'}")
     return directory / tag
@@ -229,9 +232,13 @@ def _field(file: TorchFile, mapping: Mapping, name: str, kind: type | tuple[type
 def _shapes(file: TorchFile) -> list[dict[str, torch.Size]]:
     """``param_shapes``: per parameter group of the optimizer, name -> shape, in the order of the flat tensors."""
     groups = _field(file, file.value, "param_shapes", (list, tuple))
-    if not all(isinstance(group, Mapping) for group in groups):
+    if not all(isinstance(group, Mapping) and all(map(_is_shape, group.values())) for group in groups):
         raise ValueError(f"{file.path}: 'param_shapes' is not what DeepSpeed writes")
     return [{str(name): torch.Size(shape) for name, shape in group.items()} for group in groups]
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and all(type(n) is int and 0 <= n < 2**31 for n in value)
 
 
 def _stage(file: TorchFile, *, sharded: bool) -> int:

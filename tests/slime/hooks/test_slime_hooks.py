@@ -37,6 +37,7 @@ def test_policies(pool2, hf_dir, sizes):
                 assert not torch.allclose(seen[one], seen[other], atol=1e-3), (one, other)
         model_bytes, adapter_bytes = seen["sizes"]
         assert seen["tags"] == ["actor", "ref"]
+        assert seen["unknown"] == "there is no policy 'refs'; known are actor, ref"
         assert seen["bytes"] == {"actor": adapter_bytes}, "the reference has a copy in host memory"
         assert seen["same weights"] == ["actor", "old_actor", "ref", "rollout_actor"]
         assert seen["base untouched"] and seen["active"] == "actor"

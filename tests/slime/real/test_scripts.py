@@ -8,20 +8,13 @@ One process of slime's imports for all scripts. Models are directories with a ``
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from launch_scripts import SCRIPTS, Machine, free_ports
 
-EXAMPLES = Path(__file__).parents[3] / "examples" / "lora"
-STAND_INS = {
-    "ray": 'printf "%s\\n" "$@" "" >>"$CALLS"',  # an argument per line, a blank line after each call
-    "nvidia-smi": "for i in 0 1 2 3 4 5 6 7; do echo GPU $i: NV18; done",
-    "pkill": "true",
-    "sleep": "true",
-}
 QWEN3 = dict(
     model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=151936, head_dim=128, num_key_value_heads=8,
     rms_norm_eps=1e-6, rope_theta=1000000, tie_word_embeddings=True, max_position_embeddings=40960,
@@ -75,17 +68,10 @@ def base_dir(tmp_path_factory) -> Path:
 
 def jobs_of(script: Path, slime: Path, base_dir: Path, where: Path) -> list[list[str]]:
     """What a script hands to ``ray job submit``, slime's own model file sourced."""
-    (where / "bin").mkdir(parents=True)
-    for name, body in STAND_INS.items():
-        file = where / "bin" / name
-        file.write_text(f"#!/bin/bash\n{body}\n")
-        file.chmod(0o755)
-    environment = {"PATH": f"{where / 'bin'}:{os.environ['PATH']}", "CALLS": str(where / "calls"), "HOME": str(where)}
-    environment |= {"SLIME_DIR": str(slime), "BASE_DIR": str(base_dir)}
-    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    machine = Machine(where, free_ports(), slime, base_dir)
+    done = machine.run(script)
     assert done.returncode == 0, done.stderr
-    calls = [call.split("\n") for call in (where / "calls").read_text().split("\n\n") if call.strip()]
-    return [call[call.index("--") + 2 :] for call in calls if call[:2] == ["job", "submit"]]
+    return [job[1:] for job in machine.jobs]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +79,7 @@ def parsed(patched_slime, base_dir, harness_dir, megatron_dir, slime_python, tmp
     where = tmp_path_factory.mktemp("jobs")
     jobs = [
         {"script": script.name, "argv": argv}
-        for script in sorted(EXAMPLES.glob("*.sh"))
+        for script in SCRIPTS
         for argv in jobs_of(script, patched_slime, base_dir, where / script.stem)
     ]
     sys.path.insert(0, str(harness_dir))
@@ -115,7 +101,7 @@ def parsed(patched_slime, base_dir, harness_dir, megatron_dir, slime_python, tmp
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.sh")), ids=lambda s: s.name)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.name)
 def test_slime_takes_every_flag(parsed, script):
     assert len(parsed[script.name]) == (3 if "multi-task" in script.name else 1)
     for result in parsed[script.name]:

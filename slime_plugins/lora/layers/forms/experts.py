@@ -12,8 +12,7 @@ parallel ranks: with the latter, inputs are whole, and outputs and input gradien
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -23,7 +22,6 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from slime_plugins.lora.layers.adapter import LoRALinear
 from slime_plugins.lora.layers.grouped import Segments
 from slime_plugins.lora.layers.pieces import adapter_sharded_tensors
-from slime_plugins.lora.layers.spec import AdapterSpec, base_weights
 
 
 class LoRAExperts(LoRALinear):
@@ -44,49 +42,6 @@ class LoRAExperts(LoRALinear):
         with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
             return torch.nn.functional.dropout(x, self.lora.config.dropout)
 
-    def lora_linears(self) -> list[OneExpert]:
-        return [OneExpert(self, i) for i in range(len(self.lora.experts))]
-
-    def lora_delta_weight(self):
-        raise TypeError(f"{self.lora.name} stacks experts; ask each of lora_linears()")
-
-
-@dataclass(frozen=True)
-class OneExpert:
-    """One expert's share of a stacked adapter, with the attributes that merging and exporting read of a linear."""
-
-    owner: LoRAExperts
-    index: int
-    """Among the experts of this rank."""
-
-    @cached_property
-    def lora(self) -> AdapterSpec:
-        return self.owner.lora.of_expert(self.index)
-
-    @property
-    def lora_A(self) -> torch.Tensor:
-        """View [P*R, I]."""
-        return self.owner.lora_A[self.index]
-
-    @property
-    def lora_B(self) -> torch.Tensor:
-        """View [rows, R]."""
-        return self.owner.lora_B[self.index]
-
-    @property
-    def weight(self) -> torch.Tensor:
-        return base_weights(self.owner)[self.index]
-
-    @property
-    def lora_tp_group(self):
-        return self.owner.lora_tp_group
-
-    @property
-    def lora_tp_size(self) -> int:
-        return self.owner.lora_tp_size
-
-    lora_delta_weight = LoRALinear.lora_delta_weight
-
 
 class ExpertLinears(torch.nn.Module):
     """The same linear (fc1 or fc2) of every expert of a SequentialMLP, as one linear. Owns no base weight."""
@@ -95,13 +50,11 @@ class ExpertLinears(torch.nn.Module):
         super().__init__()
         # In a tuple and a plain attribute: registered, the base weights would have two names.
         self.linears = tuple(getattr(expert, leaf) for expert in experts.local_experts)
-        self.config, self.ep_group, self._tp_group = experts.config, experts.ep_group, experts.tp_group
+        self.config, self.ep_group = experts.config, experts.ep_group
         self.__dict__["sequential"], self.leaf = experts, leaf
 
-    @property
-    def explicit_expert_comm(self) -> bool:
-        first = self.linears[0]
-        return getattr(first, "explicit_expert_comm", None) or getattr(first, "parallel_mode", "") is None
+    sequential: SequentialMLP
+    leaf: str
 
     def forward(self, x: torch.Tensor, m_splits):
         """x [N, I], sorted by expert -> [N, O], None."""
@@ -119,6 +72,9 @@ class ExpertRowLinears(ExpertLinears):
 
 class LoRAExpertLinears(LoRAExperts):
     """Mixin of the two below: where their adapter goes when it is there."""
+
+    sequential: Any
+    leaf: str
 
     def lora_installed(self) -> None:
         self.sequential.add_module(self.leaf, self)
@@ -168,7 +124,7 @@ class _WithSplits(torch.nn.Module):
         return self.linear(x, self.splits)
 
 
-def linears_of_experts(module: torch.nn.Module) -> dict[str, ExpertLinears]:
+def linears_of_experts(module: Any) -> dict[str, ExpertLinears]:
     """``linear_fc1`` and ``linear_fc2`` of a SequentialMLP, not part of it yet; {} for any other module, and for one
     whose experts do more than a grouped linear can stand for."""
     if type(module) is not SequentialMLP or module.config.add_bias_linear:
@@ -179,10 +135,3 @@ def linears_of_experts(module: torch.nn.Module) -> dict[str, ExpertLinears]:
         "linear_fc1": ExpertColumnLinears(module, "linear_fc1"),
         "linear_fc2": ExpertRowLinears(module, "linear_fc2"),
     }
-
-
-# Exact class -> its LoRA form and parallel mode.
-LORA_CLASSES = {
-    ExpertColumnLinears: (LoRAExpertColumnLinears, "column"),
-    ExpertRowLinears: (LoRAExpertRowLinears, "row"),
-}

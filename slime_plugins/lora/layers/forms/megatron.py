@@ -1,14 +1,14 @@
-"""LoRA forms of Megatron-Core's own (local) linears, and the registry of all forms."""
+"""LoRA forms of Megatron-Core's own linears and of its router."""
 
 from __future__ import annotations
 
-import sys
+from abc import ABC
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.moe.router import TopKRouter
 
 from slime_plugins.lora.layers.adapter import LoRALinear
-from slime_plugins.lora.layers.forms import experts, router
 
 
 class LoRAColumnParallelLinear(LoRALinear, ColumnParallelLinear):
@@ -19,41 +19,23 @@ class LoRARowParallelLinear(LoRALinear, RowParallelLinear):
     """Columns of W and A sharded, B replicated."""
 
 
-# Exact class -> its LoRA form and parallel mode.
-LORA_CLASSES = {
-    ColumnParallelLinear: (LoRAColumnParallelLinear, "column"),
-    RowParallelLinear: (LoRARowParallelLinear, "row"),
-    **experts.LORA_CLASSES,
-    **router.LORA_CLASSES,
-}
+class _AbstractLoRALinear(ABC, LoRALinear):
+    """The mixin with the base that Megatron's router has first, without which Python refuses the change of class.
 
-
-def adapted_class(linear: torch.nn.Module) -> tuple[type, str] | None:
-    """The LoRA class for this linear's exact class, and its parallel mode; None if there is none.
-
-    TransformerEngine is never imported from here: a model that has its linears has loaded Megatron's module for them.
+    Behind that base, ``LoRALinear`` comes after the router's own class: ``forward`` stays the router's.
     """
-    extension = sys.modules.get("megatron.core.extensions.transformer_engine")
-    if not getattr(extension, "HAVE_TE", False):
-        return LORA_CLASSES.get(type(linear))
-    from slime_plugins.lora.layers.forms import te
-
-    return (LORA_CLASSES | te.LORA_CLASSES).get(type(linear))
 
 
-def weight_shards(module: torch.nn.Module, tp_size: int) -> int:
-    """Into how many shards the weights of a module are cut, adapted or not, of which this rank holds one.
+class LoRATopKRouter(_AbstractLoRALinear, TopKRouter):
+    """W, A and B whole on every tensor-parallel rank; the logits get the low-rank term, in the router's own dtype.
 
-    The marks on the parameters alone do not tell: TE sets them on duplicated weights too, and Megatron's own linears
-    only when they initialise the weight.
+    Adapted only where a target names it.
     """
-    if isinstance(module, LoRALinear):
-        parallel = module.lora.parallel
-    elif isinstance(module, VocabParallelEmbedding):
-        parallel = "column"
-    else:
-        _, parallel = adapted_class(module) or (None, None)
-    if parallel is None:
-        marked = any(getattr(p, "tensor_model_parallel", False) for p in module.parameters(recurse=False))
-        return tp_size if marked else 1
-    return 1 if parallel == "duplicated" else tp_size
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """input [..., hidden] -> logits [..., num_experts]."""
+        logits = super().gating(input)
+        if not self.lora_enabled:
+            return logits
+        _, h, exchanges = self._lora_down(input.to(logits.dtype))
+        return self._lora_up(logits, h, exchanges)

@@ -1,6 +1,6 @@
 """LoRA forms of Megatron's TransformerEngine linears.
 
-Imported where Megatron's TransformerEngine module is loaded already, and nowhere else (see ``megatron``).
+Imported where Megatron's TransformerEngine module is loaded already, and nowhere else (see ``kinds``).
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class LoRATERowParallelGroupedLinear(LoRAExperts, TERowParallelGroupedLinear):
     """Experts: columns of W and A sharded over expert-tensor-parallel ranks, B replicated."""
 
 
-# Exact class -> its LoRA form and parallel mode.
-LORA_CLASSES = {
+# Exact class -> its LoRA form and parallel mode: rows of ``kinds``.
+FORMS: dict[type, tuple[type[LoRALinear], str]] = {
     TELayerNormColumnParallelLinear: (LoRATELayerNormColumnParallelLinear, "column"),
     TEColumnParallelLinear: (LoRATEColumnParallelLinear, "column"),
     TERowParallelLinear: (LoRATERowParallelLinear, "row"),

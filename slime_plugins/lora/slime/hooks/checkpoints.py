@@ -21,9 +21,10 @@ from slime_plugins.lora.adapters import has_adapters
 from slime_plugins.lora.ends.export import export_peft
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.layers import hide_adapters
-from slime_plugins.lora.slime.hooks.merged_sync import sending
+from slime_plugins.lora.names import is_adapter
+from slime_plugins.lora.slime.hooks import merged_sync
+from slime_plugins.lora.slime.hooks.base_check import remember_base
 from slime_plugins.lora.slime.hooks.paths import adapter_step_dir, step_dir
-from slime_plugins.lora.slime.hooks.policies import remember_base
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def _holds_whole_model(args: Namespace) -> bool:
     found = step_dir(args.load, args.ckpt_step)
     if found is None or not (found / ".metadata").is_file():
         return False
-    return any("lora_A" in key for key in load_tensors_metadata(str(found)))
+    return any(is_adapter(key) for key in load_tensors_metadata(str(found)))
 
 
 def _load(args: Namespace, model, optimizer, scheduler, load_base) -> int:
@@ -100,7 +101,7 @@ def _resume(args: Namespace, model, optimizer, scheduler) -> int:
     fresh = args.finetune or args.no_load_optim or args.no_save_optim
     loaded = load_adapter(
         model,
-        adapter_step_dir(args.load, args.ckpt_step),
+        adapter_step_dir(args.load, args.ckpt_step) or args.load,
         optimizer=optimizer,
         scheduler=None if fresh else scheduler,
         fresh_optimizer=fresh,
@@ -130,10 +131,11 @@ def base_source(args: Namespace) -> tuple[str, int | None]:
 
 def _start_from(model, path: str) -> None:
     """Adapter values from a PEFT directory or from a checkpoint of adapters."""
-    if adapter_step_dir(path) is not None:
+    checkpoint = adapter_step_dir(path)
+    if checkpoint is not None:
         from slime_plugins.lora.checkpoint.load import load_adapter
 
-        load_adapter(model, adapter_step_dir(path), restore_rng=False)
+        load_adapter(model, checkpoint, restore_rng=False)
     else:
         from slime_plugins.lora.ends.import_ import import_peft
 
@@ -176,15 +178,13 @@ def saving_hf(save_hf):
 
     @functools.wraps(save_hf)
     def hooked(args: Namespace, where, model, **kwargs):
-        from slime_plugins.lora.slime.hooks import merged_sync
-
         if not has_adapters(model) or merged_sync.is_sending():
             return save_hf(args, where, model, **kwargs)
         by_number = not isinstance(where, (str, Path))  # before v0.3.1: a rollout's number
         out = Path(args.save_hf.format(rollout_id=where) if by_number else where)
         logger.info("LoRA: PEFT adapter in %s", export_peft(model, out, hf_checkpoint=args.hf_checkpoint))
         if args.lora_save_merged:
-            with sending(model), _changed(args, save_hf=str(out / MERGED)):
+            with merged_sync.sending(model), _changed(args, save_hf=str(out / MERGED)):
                 save_hf(args, where if by_number else out / MERGED, model, **kwargs)
             logger.info("LoRA: merged model in %s", out / MERGED)
         return None

@@ -13,31 +13,48 @@ import functools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
-from slime_plugins.lora.adapters import has_adapters, is_adapter, iter_linears
-from slime_plugins.lora.layers import LoRALinear, OneExpert
+from slime_plugins.lora.adapters import has_adapters, iter_adapters, state_of
+from slime_plugins.lora.layers import Carrier, LoRALinear
+from slime_plugins.lora.names import is_adapter
+from slime_plugins.lora.projections import Rounding
 
-if TYPE_CHECKING:
-    from slime_plugins.lora.slime.hooks.policies import Policies
+
+class Values(Protocol):
+    """Where the actor's adapter values are while the trainer's memory is offloaded: ``policies.Policies``."""
+
+    def adapter_values(self, carrier: Carrier) -> contextlib.AbstractContextManager: ...
+
+    def forget_values(self) -> None: ...
+
+
+Adapted = dict[int, tuple[LoRALinear, int]]
+"""``id`` of an adapted base parameter -> its linear, and its index in ``FrozenLinear.parameters``."""
+
+
+def adapted_parameters(model) -> Adapted:
+    """Every adapted base parameter of a model."""
+    return {
+        id(parameter): (linear, index)
+        for linear in iter_adapters(model)
+        for index, parameter in enumerate(linear.lora_base.parameters)
+    }
 
 
 @dataclass
 class Sync:
     """One weight sync: what is sent merged, and what it came to on this rank."""
 
-    policies: Policies | None
-    linears: dict[int, LoRALinear | OneExpert]
-    """Adapted linears by ``id`` of their base weight."""
+    policies: Values | None
+    linears: Adapted
     bytes: float = 0.0
     """This rank's share, among its pipeline group's, of what one engine receives."""
     seconds: float = 0.0
-    update: float | torch.Tensor = 0.0
-    """Sum of |scaling B A| over the merged elements of this rank's shards."""
-    lost: float | torch.Tensor = 0.0
-    """The part of ``update`` on elements that rounding has put back to the base's value."""
+    rounding: Rounding = field(default_factory=Rounding)
+    """Of this rank's shards: what the merged update is, and what rounding has put back to the base's value."""
     read_bytes: float = 0.0
     """Of weights that this rank alone has read for the engine, outside of buckets that all gather: its own experts."""
     merged: set[int] = field(default_factory=set)
@@ -59,10 +76,10 @@ def syncing(update_weights):
             result = update_weights(self)
         # No collective here: with --offload-train slime has taken the process groups down by now.
         if sync.bytes or sync.read_bytes:  # slime skips the sync where there is no engine
-            self.model[0].lora_last_sync = sync
-        updater = getattr(self, "weight_updater", None)
-        if hasattr(updater, "announce"):
-            updater.announce(self)
+            state_of(self.model).last_sync = sync
+        announce = getattr(getattr(self, "weight_updater", None), "announce", None)
+        if announce is not None:
+            announce(self)
         return result
 
     return hooked
@@ -80,11 +97,11 @@ def count_bytes(number: float) -> None:
 
 
 @contextlib.contextmanager
-def sending(model, policies: Policies | None = None) -> Iterator[Sync]:
+def sending(model, policies: Values | None = None) -> Iterator[Sync]:
     """Inside, slime's gathering functions return merged weights for adapted linears."""
     global _current
     before, start = _current, time.perf_counter()
-    _current = Sync(policies, {id(linear.weight): linear for linear in iter_linears(model)})
+    _current = Sync(policies, adapted_parameters(model))
     try:
         yield _current
     finally:
@@ -114,7 +131,7 @@ def merging_one(all_gather_param):
         if _current is None:
             return all_gather_param(name, param)
         if id(param) in _current.linears:
-            merged = torch.nn.Parameter(merge(_current.linears[id(param)], param), requires_grad=False)
+            merged = torch.nn.Parameter(merge(*_current.linears[id(param)], param), requires_grad=False)
             merged.__dict__.update(param.__dict__)  # tensor_model_parallel, partition_dim, parallel_mode
             param = merged
         full = all_gather_param(name, param)
@@ -153,29 +170,31 @@ def merging_bucket(get_full_params):
 class MergedWeights(Mapping):
     """Global names -> tensors, adapted ones merged when they are asked for. Holds references, no weights."""
 
-    def __init__(self, args, model, policies: Policies | None) -> None:
+    def __init__(self, args, model, policies: Values | None) -> None:
         from slime.backends.megatron_utils.update_weight.common import named_params_and_buffers
 
-        self._live = dict(named_params_and_buffers(args, model, convert_to_global_name=True))
+        self._live: Mapping[str, torch.Tensor] = dict(
+            named_params_and_buffers(args, model, convert_to_global_name=True)
+        )
         self._policies = policies
-        self._linears = {id(linear.weight): linear for linear in iter_linears(model)}
+        self._linears = adapted_parameters(model)
         self._offloaded = getattr(args, "offload_train", False)
 
     @classmethod
-    def of(cls, live: Mapping[str, torch.Tensor], policies: Policies | None) -> MergedWeights:
+    def of(cls, live: Mapping[str, torch.Tensor], policies: Values | None) -> MergedWeights:
         """The same for a mapping of live parameters, inside ``sending``."""
         made = cls.__new__(cls)
         made._live, made._policies = live, policies
-        made._linears, made._offloaded = _current.linears, False
+        made._linears, made._offloaded = _current.linears if _current is not None else {}, False
         return made
 
     def __getitem__(self, name: str) -> torch.Tensor:
         parameter = self._live[name]
         tensor = _offloaded_copy(parameter) if self._offloaded else parameter
-        linear = self._linears.get(id(parameter))
+        adapted = self._linears.get(id(parameter))
         if _current is not None:
             _current.read_bytes += tensor.numel() * tensor.element_size()
-        return tensor.detach() if linear is None else merge(linear, tensor, self._policies)
+        return tensor.detach() if adapted is None else merge(*adapted, tensor, self._policies)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._live)
@@ -185,24 +204,20 @@ class MergedWeights(Mapping):
 
 
 @torch.no_grad()
-def merge(linear: LoRALinear | OneExpert, base: torch.Tensor, policies: Policies | None = None) -> torch.Tensor:
+def merge(linear: LoRALinear, index: int, base: torch.Tensor, values: Values | None = None) -> torch.Tensor:
     """W + scaling B A of this rank's shard: added in float32, rounded once, in new memory on the current device.
 
     Args:
-        base: this rank's W, live or a copy in host memory.
-        policies: where the adapter's values are while the trainer is offloaded; the current sync's by default.
+        index: of the base parameter, in ``FrozenLinear.parameters``.
+        base: that parameter, live or a copy in host memory.
+        values: where the adapter's values are while the trainer is offloaded; the current sync's by default.
     """
-    policies = policies or (_current.policies if _current else None)
+    values = values or (_current.policies if _current else None)
     device = torch.cuda.current_device() if torch.cuda.is_available() else base.device
-    base = base.detach().to(device)
-    with policies.adapter_values(linear) if policies else contextlib.nullcontext():
-        delta = linear.lora_delta_weight()
-    merged = delta.add(base).to(base.dtype)
+    with values.adapter_values(linear) if values else contextlib.nullcontext():
+        merged = linear.lora_merged(index, base.detach().to(device), _current.rounding if _current else None)
     if _current is not None:
-        _current.merged.add(id(linear.weight))
-        delta.abs_()
-        _current.update = _current.update + delta.sum()
-        _current.lost = _current.lost + delta.masked_fill_(merged != base, 0).sum()
+        _current.merged.add(id(linear.lora_base.parameters[index]))
     return merged
 
 

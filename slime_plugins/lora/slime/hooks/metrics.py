@@ -17,9 +17,8 @@ import inspect
 import torch
 import torch.distributed as dist
 
-from slime_plugins.lora.adapters import has_adapters, iter_adapters
+from slime_plugins.lora.adapters import has_adapters, iter_adapters, state_of
 from slime_plugins.lora.layers import LoRALinear
-from slime_plugins.lora.layers.spec import base_weights
 
 SAMPLED = 8
 """Linears per pipeline stage whose base norm is read, once."""
@@ -54,8 +53,8 @@ def measure(model) -> dict[str, float]:
 
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     linears = list(iter_adapters(model))
-    updates = _sum_over_shards(linears, [update_squares(linear) for linear in linears])
-    bases = _base_squares(linears[:: max(1, -(-len(linears) // SAMPLED))], device)
+    updates = _sum_over_shards(linears, [linear.lora_update_squares() for linear in linears])
+    bases = _base_squares(model, linears[:: max(1, -(-len(linears) // SAMPLED))], device)
     sums = torch.zeros(
         2, 4, dtype=torch.float64, device=device
     )  # dense and experts: update, ratios, their number, dead
@@ -67,10 +66,10 @@ def measure(model) -> dict[str, float]:
             row[1] += (update / bases[linear]).sqrt().sum()
             row[2] += update.numel()
     _all_reduce(sums[1], mpu.get_expert_model_parallel_group())
-    sync = getattr(model[0], "lora_last_sync", None)
+    sync = state_of(model).last_sync
     # Shards of one tensor-parallel group; a share of sums, for which experts need no exact weighing.
-    sent = [sync.update, sync.lost, len(sync.merged)] if sync else [0.0, 0.0, 0]
-    sent = torch.tensor(sent, dtype=torch.float64, device=device)
+    counts = [sync.rounding.size, sync.rounding.lost, len(sync.merged)] if sync else [0.0, 0.0, 0]
+    sent = torch.tensor([float(count) for count in counts], dtype=torch.float64, device=device)
     _all_reduce(sent, mpu.get_tensor_model_parallel_group())
     size = torch.tensor([sync.bytes if sync else 0.0], dtype=torch.float64, device=device)
     read = torch.tensor([sync.read_bytes if sync else 0.0], dtype=torch.float64, device=device)
@@ -89,35 +88,22 @@ def measure(model) -> dict[str, float]:
     return measured
 
 
-def update_squares(linear: LoRALinear) -> torch.Tensor:
-    """Sum of squares of scaling B A on this rank, [1] or [experts], from products of the rank's size.
-
-    |BA|^2 = sum((B^T B) * (A A^T)). One of A and B is sharded over tensor-parallel ranks, the other whole (or both
-    are): the ranks' values add up.
-    """
-    A, B = (p if p.ndim == 3 else p[None] for p in (linear.lora_A.float(), linear.lora_B.float()))
-    total = torch.zeros(A.shape[0], device=A.device)
-    for block in linear.lora.blocks:
-        A_ERI, B_EOR = A[:, block.cols], B[:, block.rows]
-        total += block.scaling**2 * ((B_EOR.mT @ B_EOR) * (A_ERI @ A_ERI.mT)).sum((1, 2))
-    return total.clamp_(min=0)
-
-
-def _base_squares(linears: list[LoRALinear], device) -> dict[LoRALinear, torch.Tensor]:
+def _base_squares(model, linears: list[LoRALinear], device) -> dict[LoRALinear, torch.Tensor]:
     """Sum of squares of whole base weights; read once, for the base does not change."""
-    if linears and not hasattr(linears[0], "lora_base_squares"):
-        squares = [torch.stack([w.float().square().sum() for w in base_weights(linear)]) for linear in linears]
-        for linear, square in zip(linears, _sum_over_shards(linears, squares)):
-            linear.lora_base_squares = square.to(device)
-    return {linear: linear.lora_base_squares for linear in linears}
+    known = state_of(model).base_squares
+    if linears and not known:
+        matrices = [linear.lora_base.matrices() for linear in linears]
+        squares = [torch.stack([w.float().square().sum() for w in found]) for found in matrices]
+        known.update(zip(linears, (square.to(device) for square in _sum_over_shards(linears, squares))))
+    return known
 
 
 def _sum_over_shards(linears: list[LoRALinear], values: list[torch.Tensor]) -> list[torch.Tensor]:
     """Add vectors, one per linear, over its tensor-parallel group; every rank of a group has the same linears."""
     groups: dict[int, tuple] = {}
     for i, linear in enumerate(linears):
-        if linear.lora_tp_size > 1:
-            groups.setdefault(id(linear.lora_tp_group), (linear.lora_tp_group, []))[1].append(i)
+        if linear.lora_base.shards > 1:
+            groups.setdefault(id(linear.lora_group), (linear.lora_group, []))[1].append(i)
     summed = list(values)
     for group, members in groups.values():
         flat = torch.cat([values[i] for i in members])

@@ -15,14 +15,13 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
-from slime_plugins.lora.adapters import adapters_disabled, has_adapters, is_adapter, iter_adapters
-from slime_plugins.lora.layers import LoRALinear, OneExpert
+from slime_plugins.lora.adapters import adapters_disabled, base_parameters, has_adapters, iter_carriers
+from slime_plugins.lora.layers import Carrier
+from slime_plugins.lora.slime.hooks.base_check import same_base
 from slime_plugins.lora.slime.hooks.merged_sync import MergedWeights
-from slime_plugins.lora.slime.hooks.paths import step_dir
 
 logger = logging.getLogger(__name__)
 
@@ -55,20 +54,6 @@ def other_policy(load_other_checkpoint):
     return hooked
 
 
-def remember_base(model, path: str, step: int | None) -> None:
-    """Note on the model where its base came from."""
-    model[0].lora_base_source = _source(path, step)
-
-
-def same_base(path: str, step: int | None, model) -> bool:
-    """Is this the very directory that the model's base was loaded from?"""
-    return getattr(model[0], "lora_base_source", None) == _source(path, step)
-
-
-def _source(path: str, step: int | None) -> str:
-    return str((step_dir(path, step) or Path(path)).resolve())
-
-
 class Policies:
     """The TensorBackuper's methods, on adapters.
 
@@ -79,14 +64,15 @@ class Policies:
     def __init__(self, args, model) -> None:
         self._args = args
         self._model = model
-        self._linears: list[LoRALinear] = list(iter_adapters(model))
-        self._adapters: dict[str, list[torch.Tensor]] = {}
+        self._carriers: list[Carrier] = list(iter_carriers(model))
+        self._adapters: dict[str, list[dict[str, torch.Tensor]]] = {}
+        """Tag -> name -> copy, one mapping per carrier."""
         self._base_tags: set[str] = set()
         self._full: dict[str, dict[str, torch.Tensor]] = {}
         """Tag -> base parameters by name; also "base" itself, where a tag has other ones."""
         self._off = contextlib.ExitStack()
-        self._on_device: tuple | None = None
-        """The linear that ``adapter_values`` was asked for last, with its A and B."""
+        self._on_device: tuple[Carrier, dict[str, torch.Tensor]] | None = None
+        """The carrier that ``adapter_values`` was asked for last, with its values."""
 
     @property
     def backup_tags(self) -> list[str]:
@@ -96,17 +82,20 @@ class Policies:
     @property
     def host_bytes(self) -> dict[str, int]:
         """Bytes of host memory per tag."""
-        copies = {**self._adapters, **{f"{tag} (full)": list(own.values()) for tag, own in self._full.items()}}
+        copies = {tag: [t for values in own for t in values.values()] for tag, own in self._adapters.items()}
+        copies |= {f"{tag} (full)": list(own.values()) for tag, own in self._full.items()}
         return {tag: sum(t.numel() * t.element_size() for t in tensors) for tag, tensors in copies.items()}
 
     @torch.no_grad()
     def backup(self, tag: str) -> None:
         """Copy the live adapters. For "ref" this ends its being the base (``--ref-update-interval``)."""
         if tag not in self._adapters:
+            pin = torch.cuda.is_available()
             self._adapters[tag] = [
-                torch.empty_like(p, device="cpu", pin_memory=torch.cuda.is_available()) for p in self._parameters()
+                {name: torch.empty_like(p, device="cpu", pin_memory=pin) for name, p in live.items()}
+                for live in self._live()
             ]
-        for copy, parameter in zip(self._adapters[tag], self._parameters()):
+        for copy, parameter in self._pairs(tag):
             copy.copy_(parameter.detach(), non_blocking=True)
         self._base_tags.discard(tag)
         self._full.pop(tag, None)
@@ -118,16 +107,23 @@ class Policies:
     def copy(self, *, src_tag: str, dst_tag: str) -> None:
         """Make one tag's adapters another's."""
         for source, target in zip(self._adapters[src_tag], self._adapters[dst_tag]):
-            target.copy_(source)
+            for name, value in source.items():
+                target[name].copy_(value)
 
     @torch.no_grad()
     def restore(self, tag: str) -> None:
-        """Make a tag's policy live: its adapters on its base, or the base alone."""
+        """Make a tag's policy live: its adapters on its base, or the base alone.
+
+        Raises:
+            ValueError: a tag that nothing is known of; it is not taken for the base.
+        """
+        if tag not in self.backup_tags:
+            raise ValueError(f"there is no policy {tag!r}; known are {', '.join(self.backup_tags) or 'none'}")
         self._off.close()
         if self._full:
             self._put_base(self._full[tag if tag in self._full else "base"])
         if tag in self._adapters:
-            for copy, parameter in zip(self._adapters[tag], self._parameters()):
+            for copy, parameter in self._pairs(tag):
                 parameter.copy_(copy, non_blocking=True)
         else:
             self._off.enter_context(adapters_disabled(self._model))
@@ -139,15 +135,15 @@ class Policies:
             raise ValueError(f"only the actor's weights are sent, not those of {tag!r}")
         return MergedWeights(self._args, self._model, self)
 
-    def adapter_values(self, linear: LoRALinear | OneExpert) -> contextlib.AbstractContextManager:
-        """Inside, this linear's adapter is the actor's, also while slime has offloaded the trainer's memory."""
+    def adapter_values(self, carrier: Carrier) -> contextlib.AbstractContextManager:
+        """Inside, this carrier's parameters are the actor's, also while slime has offloaded the trainer's memory."""
         if not getattr(self._args, "offload_train", False):
             return contextlib.nullcontext()
-        owner = getattr(linear, "owner", linear)  # experts are stacked
-        if self._on_device is None or self._on_device[0] is not owner:
-            index = 2 * next(i for i, other in enumerate(self._linears) if other is owner)
+        if self._on_device is None or self._on_device[0] is not carrier:
+            index = next(i for i, other in enumerate(self._carriers) if other is carrier)
             device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-            self._on_device = owner, *(copy.to(device) for copy in self._adapters["actor"][index : index + 2])
+            values = {name: copy.to(device) for name, copy in self._adapters["actor"][index].items()}
+            self._on_device = carrier, values
         return _values(*self._on_device)
 
     def forget_values(self) -> None:
@@ -186,16 +182,17 @@ class Policies:
             size,
         )
 
-    def _parameters(self) -> Iterator[torch.nn.Parameter]:
-        for linear in self._linears:
-            yield linear.lora_A
-            yield linear.lora_B
+    def _live(self) -> Iterator[dict[str, torch.nn.Parameter]]:
+        return (carrier.lora_parameters() for carrier in self._carriers)
+
+    def _pairs(self, tag: str) -> Iterator[tuple[torch.Tensor, torch.nn.Parameter]]:
+        """A tag's copy and the live parameter, of every adapter parameter."""
+        for copies, live in zip(self._adapters[tag], self._live()):
+            yield from ((copies[name], parameter) for name, parameter in live.items())
 
     def _base_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         for i, chunk in enumerate(self._model):
-            for name, parameter in chunk.named_parameters():
-                if not is_adapter(name):
-                    yield f"{i}.{name}", parameter
+            yield from ((f"{i}.{name}", parameter) for name, parameter in base_parameters(chunk))
 
     def _copy_base(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().cpu().clone() for name, parameter in self._base_parameters()}
@@ -206,14 +203,17 @@ class Policies:
 
 
 @contextlib.contextmanager
-def _values(linear: LoRALinear, A: torch.Tensor, B: torch.Tensor) -> Iterator[None]:
-    """Inside, the adapter's parameters are these tensors: the memory that they pointed to is not touched."""
-    kept = linear.lora_A.data, linear.lora_B.data
-    linear.lora_A.data, linear.lora_B.data = A, B
+def _values(carrier: Carrier, values: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Inside, the carrier's parameters are these tensors: the memory that they pointed to is not touched."""
+    parameters = carrier.lora_parameters()
+    kept = {name: parameter.data for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        parameter.data = values[name]
     try:
         yield
     finally:
-        linear.lora_A.data, linear.lora_B.data = kept
+        for name, parameter in parameters.items():
+            parameter.data = kept[name]
 
 
 def _any_rank(flag: bool) -> bool:

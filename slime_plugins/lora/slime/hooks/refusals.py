@@ -17,7 +17,7 @@ from typing import Any
 from packaging.version import Version
 
 from slime_plugins.lora.config import LoRAConfig
-from slime_plugins.lora.names import LINEARS, MLA, hf_names, is_known
+from slime_plugins.lora.names import LINEARS, Linear, hf_names
 from slime_plugins.lora.slime.hooks.paths import adapter_step_dir
 from slime_plugins.lora.targets import Targets
 
@@ -82,8 +82,8 @@ def adapted_linears(args: Namespace) -> Iterator[tuple[int, str, set[str]]]:
     """(layer, path in the layer, Hugging Face leaves) of every linear of this model that gets an adapter."""
     config = LoRAConfig.from_args(args)
     targets = Targets(config.target_modules, config.exclude_modules)
-    for path in (*LINEARS, _ROUTER):
-        if not is_known(path) or not _in_model(path, args):
+    for path, linear in LINEARS.items():
+        if not _in_model(linear, args):
             continue
         for layer in range(args.num_layers):
             name = f"decoder.layers.{layer}.{path}"
@@ -92,17 +92,17 @@ def adapted_linears(args: Namespace) -> Iterator[tuple[int, str, set[str]]]:
                 yield layer, path, leaves
 
 
-def _in_model(path: str, args: Namespace) -> bool:
+def _in_model(linear: Linear, args: Namespace) -> bool:
     """Can this model have such a linear? Dense layers of a model with experts cannot be told from its flags."""
-    mla = bool(getattr(args, "multi_latent_attention", False))
-    if path == _QKV:
-        return not mla
-    if path in MLA:
-        direct = path.endswith(("linear_q_proj",))
-        low_rank = path.endswith(("linear_q_down_proj", "linear_q_up_proj"))
+    path, mla = linear.path, bool(getattr(args, "multi_latent_attention", False))
+    if linear.mla is not None and linear.mla is not mla:
+        return False
+    if linear.mla:
         has_q_rank = bool(getattr(args, "q_lora_rank", None))
-        return mla and not (direct and has_q_rank) and not (low_rank and not has_q_rank)
-    if path.startswith("mlp.experts.") or path == _ROUTER:
+        direct = path.endswith("linear_q_proj")
+        low_rank = path.endswith(("linear_q_down_proj", "linear_q_up_proj"))
+        return not (direct and has_q_rank) and not (low_rank and not has_q_rank)
+    if linear.is_expert or path == _ROUTER:
         return bool(getattr(args, "num_experts", None))
     if path.startswith("mlp.shared_experts."):
         return bool(getattr(args, "moe_shared_expert_intermediate_size", None))

@@ -1,12 +1,18 @@
 """Insertions into a Python source file, at places found through its syntax tree. Pure, stdlib only.
 
 Every inserted line ends with ``MARK``, so taking the edit out is deleting those lines: the file is as it was, byte for
-byte, whatever else has been changed in it meanwhile.
+byte, whatever else has been changed in it meanwhile. Somebody's own line may end so too: ours are those of the shape
+that ``insert`` gives them whose mark is a comment to Python, not text in a string.
+
+Lines are Python's: they end in LF, CRLF or CR. ``str.splitlines`` also ends them at form feeds and the like.
 """
 
 from __future__ import annotations
 
 import ast
+import io
+import re
+import tokenize
 import warnings
 from dataclasses import dataclass
 
@@ -15,6 +21,12 @@ MODULE = "slime_lora"
 """The name under which an edited file imports the hooks."""
 IMPORT = f"from slime_plugins.lora import slime as {MODULE}"
 
+_SHAPE = re.compile(
+    rf"[ \t\f]*(?:{re.escape(IMPORT)}|@{MODULE}\.\w+|[\w.]+ = {MODULE}\.\w+(?:\(.*\))?|\*\*{MODULE}\.\w+\(.*\),)"
+    rf"  {re.escape(MARK)}[\r\n]*"
+)
+"""The lines that ``insert`` writes, and wrote in earlier versions."""
+
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -22,13 +34,20 @@ class MissingSeamError(ValueError):
     """The place where an edit goes is not in this file, or not in a form that the edit understands."""
 
 
+class NotPythonError(ValueError):
+    """Python does not understand the file."""
+
+
 @dataclass(frozen=True)
 class Insertion:
-    """Text that goes in front of line ``line`` (counted from 0), at ``column`` spaces of indentation."""
+    """Text that goes in front of line ``line`` (counted from 0), indented as the statement of line ``like`` is."""
 
     line: int
-    column: int
     text: str
+    like: int | None = None
+    """None: not indented."""
+    column: int = 0
+    """Where that statement begins: with anything but white space before it, it shares its line, and is refused."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +68,7 @@ class Decorate:
         lost = [name for name in self.parameters if name not in have]
         if lost:
             raise MissingSeamError(f"{self.symbol}({', '.join(have)}) has no parameter {', '.join(lost)}")
-        return Insertion(_first_line(node), node.col_offset, f"@{MODULE}.{self.hook}")
+        return Insertion(_first_line(node), f"@{MODULE}.{self.hook}", _first_line(node), node.col_offset)
 
 
 @dataclass(frozen=True)
@@ -63,7 +82,7 @@ class Rebind:
         imports = _leading_imports(tree)
         if not any(self.name == (alias.asname or alias.name) for node in imports for alias in node.names):
             raise MissingSeamError(f"no import of {self.name}")
-        return Insertion(imports[-1].end_lineno, 0, f"{self.name} = {MODULE}.{self.hook}({self.name})")
+        return Insertion(_end(imports[-1]), f"{self.name} = {MODULE}.{self.hook}({self.name})")
 
 
 @dataclass(frozen=True)
@@ -84,7 +103,8 @@ class AroundAssignment:
                 f"{self.symbol} has {len(found) or 'no'} assignments to {self.target}, expected one"
             )
         node = found[0]
-        return Insertion(node.end_lineno if self.after else node.lineno - 1, node.col_offset, self.text)
+        assert isinstance(node, (ast.Assign, ast.AnnAssign))
+        return Insertion(_end(node) if self.after else node.lineno - 1, self.text, node.lineno - 1, node.col_offset)
 
 
 @dataclass(frozen=True)
@@ -100,7 +120,8 @@ class Member:
         methods = [child for child in getattr(node, "body", ()) if isinstance(child, _FUNCTIONS)]
         if not isinstance(node, ast.ClassDef) or not methods:
             raise MissingSeamError(f"{self.symbol} is not a class with methods")
-        return Insertion(_first_line(methods[0]), methods[0].col_offset, f"{self.name} = {MODULE}.{self.hook}")
+        first = _first_line(methods[0])
+        return Insertion(first, f"{self.name} = {MODULE}.{self.hook}", first, methods[0].col_offset)
 
 
 @dataclass(frozen=True)
@@ -129,7 +150,7 @@ class DictEntry:
                 + (f", or no name {', '.join(lost)}" if lost else "")
             )
         first = found[0].keys[0]
-        return Insertion(first.lineno - 1, first.col_offset, f"**{MODULE}.{self.call},")
+        return Insertion(first.lineno - 1, f"**{MODULE}.{self.call},", first.lineno - 1, first.col_offset)
 
 
 def find(tree: ast.Module, symbol: str) -> ast.AST:
@@ -155,45 +176,111 @@ def insert(source: str, edits) -> str:
     Args:
         source: text without edits of ours (see ``strip``), line ends as in the file.
     Raises:
-        MissingSeamError: naming what was looked for; SyntaxError: the file is no Python.
+        MissingSeamError: naming what was looked for; NotPythonError.
     """
     tree = parse(source)
     insertions = [_import(tree), *(edit.place(tree) for edit in edits)]
-    lines = source.splitlines(keepends=True)
-    newline = "\r\n" if lines and lines[0].endswith("\r\n") else "\n"
-    if lines and not lines[-1].endswith("\n"):
-        raise MissingSeamError("the last line has no line end")
+    before = split_lines(source)
+    newline = "\r\n" if before[0].endswith("\r\n") else "\n"
+    for number, line in enumerate(before, 1):
+        if not line.endswith("\n"):  # git and editors do not call a lone CR a line end
+            raise MissingSeamError(f"line {number} ends in {'a lone CR' if line.endswith(chr(13)) else 'no line end'}")
     # From the bottom up, equal lines last edit first: every insertion pushes down what is already in place.
+    lines = list(before)
     for _, insertion in sorted(enumerate(insertions), key=lambda item: (item[1].line, item[0]), reverse=True):
-        text = f"{' ' * insertion.column}{insertion.text}  {MARK}{newline}"
-        lines.insert(insertion.line, text)
+        lines.insert(insertion.line, f"{_indentation(before, insertion)}{insertion.text}  {MARK}{newline}")
     result = "".join(lines)
     parse(result)
+    if strip(result) != source:
+        raise MissingSeamError("the edit would land inside a string")
     return result
 
 
 def parse(source: str) -> ast.Module:
-    """The syntax tree; what Python has to say about slime's string escapes is not the user's business."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return ast.parse(source)
+    """The syntax tree; what Python has to say about slime's string escapes is not the user's business.
+
+    Raises:
+        NotPythonError: with Python's reason.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(source.removeprefix("\ufeff"))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # NUL bytes; nesting without end
+        raise NotPythonError(f"not Python: {error or type(error).__name__}") from error
+
+
+def split_lines(source: str) -> list[str]:
+    """Lines as Python counts them, with their ends."""
+    return list(io.StringIO(source, newline=""))
 
 
 def strip(source: str) -> str:
     """The source without our lines."""
-    return "".join(line for line in source.splitlines(keepends=True) if not is_ours(line))
+    return "".join(line for line, ours in marked_lines(source) if not ours)
+
+
+def strangers(source: str) -> list[int]:
+    """Numbers, from 1, of lines that have our mark or name our module without being lines of ours."""
+    return [
+        number
+        for number, (line, ours) in enumerate(marked_lines(source), 1)
+        if not ours and (MARK in line or f"{MODULE}." in line)
+    ]
+
+
+def marked_lines(source: str) -> list[tuple[str, bool]]:
+    """(line, is it one that ``insert`` put there?) for every line.
+
+    Raises:
+        NotPythonError: a line has the shape of ours, and Python cannot tell whether it lies in a string. Any other
+            fault in the file (a merge conflict, half a file) does no harm.
+    """
+    lines = split_lines(source)
+    shaped = {i for i, line in enumerate(lines) if is_ours(line)}
+    comments, readable = _comments(lines) if shaped else (set(), 0)
+    unclear = [i for i in shaped if i >= readable]
+    if unclear:
+        raise NotPythonError(
+            f"not Python from line {readable + 1} on: whether line {min(unclear) + 1} is ours or lies in a string of "
+            "yours cannot be told; mend the file first"
+        )
+    return [(line, i in shaped & comments) for i, line in enumerate(lines)]
 
 
 def is_ours(line: str) -> bool:
-    """Is this a line that ``insert`` put there?"""
-    return line.rstrip("\r\n").endswith(MARK)
+    """Does this line have the shape of those that ``insert`` writes?"""
+    return _SHAPE.fullmatch(line) is not None
+
+
+def _comments(lines: list[str]) -> tuple[set[int], int]:
+    """Lines, from 0, that end in a comment which is our mark; and how many lines Python could read."""
+    plain = (line.rstrip("\r\n") + "\n" for line in lines)
+    found, readable = set(), 0
+    try:
+        for token in tokenize.generate_tokens(lambda: next(plain, "")):
+            readable = token.end[0] - (token.end[1] == 0)
+            if token.type == tokenize.COMMENT and token.string == MARK:
+                found.add(token.start[0] - 1)
+    except (tokenize.TokenError, SyntaxError, ValueError):
+        return found, readable
+    return found, len(lines)
+
+
+def _indentation(lines: list[str], insertion: Insertion) -> str:
+    if insertion.like is None:
+        return ""
+    before = lines[insertion.like][: insertion.column]
+    if before.strip(" \t\f"):
+        raise MissingSeamError(f"line {insertion.like + 1}: the statement there shares its line with another")
+    return before
 
 
 def _import(tree: ast.Module) -> Insertion:
     imports = _leading_imports(tree)
     if not imports:
         raise MissingSeamError("no import in front of the first definition")
-    return Insertion(imports[-1].end_lineno, 0, IMPORT)
+    return Insertion(_end(imports[-1]), IMPORT)
 
 
 def _leading_imports(tree: ast.Module) -> list[ast.Import | ast.ImportFrom]:
@@ -207,8 +294,13 @@ def _leading_imports(tree: ast.Module) -> list[ast.Import | ast.ImportFrom]:
     return imports
 
 
-def _first_line(node: ast.AST) -> int:
-    return min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))]) - 1
+def _first_line(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
+
+
+def _end(node: ast.stmt) -> int:
+    assert node.end_lineno is not None  # set by ast.parse
+    return node.end_lineno
 
 
 def _targets(node: ast.AST) -> list[str]:

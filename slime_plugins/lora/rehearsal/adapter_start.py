@@ -1,0 +1,130 @@
+"""The adapter that a run starts from, if it does: what it must be, known before any process starts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from slime_plugins.lora.arguments import lora_args, lora_flags
+from slime_plugins.lora.base.decoder import HFBase
+from slime_plugins.lora.checkpoint import directory
+from slime_plugins.lora.checkpoint.manifest import Manifest
+from slime_plugins.lora.config import LoRAConfig
+from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.names import hf_names, megatron_name
+from slime_plugins.lora.rehearsal.settings import MAX_COUNT, Settings
+from slime_plugins.lora.targets import Targets, check_all_matched
+
+
+def config_of_flags(flags: Mapping[str, Any], seed: int) -> LoRAConfig:
+    """Of LoRA flags by destination, defaults for those that are absent."""
+    return LoRAConfig.from_args(argparse.Namespace(**{**lora_args(LoRAConfig()), **flags}, seed=seed))
+
+
+def config_of_start(
+    settings: Settings, flags: Mapping[str, Any], base: HFBase, progress: Callable[[str], None]
+) -> LoRAConfig:
+    """The config of the adapter that the run starts from, or that of the flags where it starts from none.
+
+    Args:
+        flags: LoRA flags that were given, by destination. Those that an adapter's values fix (ranks, scaling, layout,
+            targets) must be those of the start; dropout, dtype and the like may change.
+    Raises:
+        UsageError: they are not, naming the flags that are; there is no adapter; no step is left to do.
+        ValueError, OSError: the adapter is damaged.
+    """
+    start = settings.load or settings.lora_adapter_path
+    if start is None:
+        return settings.lora
+    what = f"{'--load' if settings.load else '--lora-adapter-path'} {start}"
+    theirs = _config_at(settings, what, flags.get("lora_layout"), progress)
+    theirs = dataclasses.replace(theirs, seed=settings.seed)
+    if not flags:
+        progress(f"{what}: {lora_flags(theirs)}")
+        return theirs
+    # Partly given flags speak of what they name alone.
+    wanted = config_of_flags({**lora_args(theirs), **flags}, settings.seed)
+    different = _difference(_adapted(theirs, base), _adapted(wanted, base))
+    if wanted.layout != theirs.layout:
+        different = f"layout {theirs.layout} there, {wanted.layout} by the flags"
+    if different:
+        raise UsageError(
+            f"{what} does not fit the LoRA flags ({different}); leave them out, or give: {lora_flags(theirs)}"
+        )
+    return wanted
+
+
+def _config_at(settings: Settings, what: str, layout: str | None, progress: Callable[[str], None]) -> LoRAConfig:
+    path = Path(settings.load or settings.lora_adapter_path or "")
+    if not settings.load and (path / "adapter_config.json").is_file():
+        return LoRAConfig.from_peft(path, layout)
+    if settings.load and (path / "adapter_config.json").is_file():
+        raise UsageError(f"{what} is a PEFT adapter; start from it with --lora-adapter-path")
+    manifest = Manifest.read(directory.find(path))
+    if settings.load:
+        if (manifest.step or 0) >= settings.steps:
+            raise UsageError(f"{what}: it is at step {manifest.step}; --steps {settings.steps} leaves none to do")
+        if manifest.optimizer is None:
+            progress(f"{what}: it has no optimizer state, the optimizer starts anew")
+    return manifest.config
+
+
+def check_config(config: LoRAConfig, base: HFBase) -> None:
+    """Raise UsageError for targets that name nothing, a rank above what its matrix can hold, an endless alpha."""
+    alpha = max(config.alpha, *config.alpha_pattern.values(), 0)
+    if alpha > MAX_COUNT:
+        raise UsageError(f"LoRA alpha is {alpha:g}; expected at most {MAX_COUNT:,}")
+    targets = Targets(config.target_modules, config.exclude_modules)
+    names = dict.fromkeys(megatron_name(name)[0] for name in base.linears())
+    adapted = [name for name in names if targets.parts_of(name)]
+    check_all_matched(targets, targets.matched, names)
+    if not adapted:
+        raise UsageError("--lora-exclude-modules takes away everything that --lora-target-modules names")
+    for name in adapted:
+        _check_ranks(name, targets.parts_of(name), config, base)
+
+
+def _check_ranks(name: str, parts: tuple[int, ...], config: LoRAConfig, base: HFBase) -> None:
+    """As ``layers.spec.spec_for`` does on the ranks."""
+    shapes = base.shapes()
+    projections, matrices = hf_names(name), [shapes[f"{projection}.weight"] for projection in hf_names(name)]
+    split = config.layout == "split" and len(projections) > 1
+    ranks = [config.rank_of(name, projections[part]) for part in parts]
+    if not split and len(set(ranks)) > 1:
+        raise UsageError(
+            f"--lora-rank-pattern gives the projections of {name} ranks {sorted(set(ranks))}, but in layout fused "
+            f"they share one A; use --lora-layout split, or name {name.rpartition('.')[2]} instead"
+        )
+    for part, rank in zip(parts, ranks):
+        rows, columns = matrices[part][0] if split else sum(out for out, _ in matrices), matrices[part][1]
+        if rank > min(rows, columns):
+            what, most = projections[part] if split else name, min(rows, columns)
+            raise UsageError(
+                f"LoRA rank {rank} is larger than {what}, a {rows} x {columns} matrix; use at most {most}"
+            )
+
+
+def _adapted(config: LoRAConfig, base: HFBase) -> dict[str, tuple[int, float]]:
+    """Hugging Face linear -> rank and scaling of its adapter."""
+    targets, found = Targets(config.target_modules, config.exclude_modules), {}
+    for name in dict.fromkeys(megatron_name(name)[0] for name in base.linears()):
+        for part in targets.parts_of(name):
+            names = (name, hf_names(name)[part])
+            found[names[1]] = (config.rank_of(*names), config.scaling(*names))
+    return found
+
+
+def _difference(theirs: Mapping[str, tuple[int, float]], wanted: Mapping[str, tuple[int, float]]) -> str:
+    """The first one, in words; empty if there is none."""
+    for name in [*theirs, *wanted]:
+        if name not in wanted:
+            return f"{name} is adapted there, and not by the flags"
+        if name not in theirs:
+            return f"{name} is adapted by the flags, and not there"
+        if theirs[name] != wanted[name]:
+            there, here = (f"rank {rank} and scaling {scaling:g}" for rank, scaling in (theirs[name], wanted[name]))
+            return f"{name} has {there} there, {here} by the flags"
+    return ""
