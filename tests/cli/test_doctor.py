@@ -6,17 +6,13 @@ pytest tests/cli/test_doctor.py
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-from pathlib import Path
 
 import pytest
+from launch_scripts import SCRIPTS, Machine, free_ports
 
 from slime_plugins.lora import cli
 from slime_plugins.lora.slime import checkup
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "lora").glob("*.sh"))
 GOOD = "--use-lora --lr 1e-5 --num-layers 4 --colocate --rollout-batch-size 32 --sglang-mem-fraction-static 0.7"
 MOE = "--num-experts 8 --moe-shared-expert-intermediate-size 64"
 MLA = "--multi-latent-attention"
@@ -78,35 +74,19 @@ def versions(monkeypatch):
     return known
 
 
-def submitted(script: Path, where: Path) -> list[list[str]]:
-    """What a script hands to ``ray job submit``."""
-    (where / "bin").mkdir()
-    for name, body in {"ray": 'printf "%s\\n" "$@" "" >>"$CALLS"', "nvidia-smi": "echo GPU", "pkill": "true",
-                       "sleep": "true"}.items():  # fmt: skip
-        (where / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
-        (where / "bin" / name).chmod(0o755)
-    (where / "slime/scripts/models").mkdir(parents=True)
-    for name in re.findall(r"scripts/models/([\w.-]+\.sh)", script.read_text()):
-        (where / "slime/scripts/models" / name).write_text("MODEL_ARGS=(\n   --num-layers 36\n)\n")
-    environment = {"PATH": f"{where / 'bin'}:{os.environ['PATH']}", "CALLS": str(where / "calls")}
-    environment |= {"SLIME_DIR": str(where / "slime"), "BASE_DIR": "/models", "HOME": str(where)}
-    subprocess.run(["bash", script], env=environment, capture_output=True, timeout=60, check=True)
-    calls = [call.split("\n") for call in (where / "calls").read_text().split("\n\n") if call.strip()]
-    return [call[call.index("--") + 1 :] for call in calls if call[:2] == ["job", "submit"]]
-
-
-@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.name)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_the_example_scripts_are_clean(script, tmp_path, capsys, versions):
-    jobs = submitted(script, tmp_path)
-    assert jobs
-    for job in jobs:
+    machine = Machine(tmp_path / "machine", free_ports())
+    done = machine.run(script)
+    assert done.returncode == 0 and machine.jobs, done.stderr
+    for job in machine.jobs:
         code, out = doctor(capsys, "--", *job)
         assert (code, wrong(out)) == (0, []) and "warning" not in out, out
         assert "none refused" in out and out.endswith("ok\n")
 
 
 def test_there_are_at_least_twenty_bad_combinations():
-    assert len(BAD) >= 20 and len(EXAMPLES) == 5
+    assert len(BAD) >= 20 and len(SCRIPTS) == 5
 
 
 def test_the_good_one_is_good(capsys, versions):
