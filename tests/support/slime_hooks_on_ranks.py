@@ -257,20 +257,28 @@ def loading(layout: Layout, hf_dir, work, missing: str | None):
     unmoved, fresh_optimizer = fresh()
     load(unmoved, fresh_optimizer, None, {})
     at_save = adapter_values(unmoved)
+    evaluated, _ = fresh()
+    load(evaluated, None, None, {})  # slime's --num-rollout 0: an actor without an optimizer
+    eval_only = [all(torch.equal(a, b) for a, b in zip(at_save, adapter_values(evaluated)))]
 
     args.load, args.finetune = str(hf_dir), True
     args.lora_adapter_path = str(Path(work) / "hf")
     warm, warm_optimizer = fresh()
     load(warm, warm_optimizer, None, {})
     from_peft = adapter_values(warm)
+    evaluated, _ = fresh()
+    load(evaluated, None, None, {})
+    eval_only.append(all(torch.equal(a, b) for a, b in zip(from_peft, adapter_values(evaluated))))
     for group in warm_optimizer.param_groups:
         group["lr"] = 0.0
     adapted.train_step(warm, warm_optimizer, tokens())
-    others = load(warm, None, None, {})  # slime's load_other_checkpoint
+    with checkpoints.another_policy():  # slime's load_other_checkpoint
+        others = load(warm, None, None, {})
     return {
         "returned": [first, second, others],
         "asked": seen,
         "resumed from": resumed_from,
+        "eval only": eval_only,
         "same step": same,
         "peft equals checkpoint": all(torch.equal(a, b) for a, b in zip(at_save, from_peft)),
         "step at lr 0": all(torch.equal(a, b) for a, b in zip(from_peft, adapter_values(warm))),
