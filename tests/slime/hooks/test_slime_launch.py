@@ -176,6 +176,13 @@ def test_what_the_base_says_is_looked_at(tmp_path):
     assert rows == []
 
 
+def test_merged_weights_into_a_quantised_engine_are_warned_of(tmp_path):
+    quantised = base_dir(tmp_path, model_type="qwen3", quantization_config={"quant_method": "fp8"})
+    with pytest.warns(UserWarning, match="sync_lost.*does not see it; --lora-sync adapter"):
+        slime_validate_args(parse("--use-lora", hf_checkpoint=quantised))
+    slime_validate_args(parse("--use-lora", "--lora-sync", "adapter", hf_checkpoint=quantised, colocate=True))
+
+
 def test_experts_and_shared_experts_are_served_apart():
     """SGLang would fuse them, and wraps experts for gate, up and down together or not at all."""
     args = parse("--use-lora", "--lora-sync", "adapter", "--lora-target-modules", "experts.linear_fc2",

@@ -259,6 +259,30 @@ def test_an_engine_without_the_server_plugin_ends_the_run_at_its_first_sync(run,
     assert "has not loaded slime-lora's server plugin" in log
 
 
+def test_eval_only_measures_the_adapter(run, patched_slime, tmp_path):
+    """--num-rollout 0, where this slime has it: the engines get what a run that goes on from there would send."""
+    from safetensors.torch import load_file
+
+    if "num_rollout == 0" not in (patched_slime / "slime/backends/megatron_utils/model.py").read_text():
+        pytest.skip("this slime has no eval-only runs; SLIME_REV=main has")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"input": "t4 t5", "label": "t3"}) + "\n")
+    words = ("--steps", "2", "--mode", "disk", "--generate")
+    trained = run(*words, "--save-interval", "2", extra=LORA)
+    evaluate = f"--num-rollout 0 --eval-interval 1 --eval-prompt-data toy {prompts} --eval-max-response-len 8"
+    alone = run(*words, "--resume", of=trained, extra=f"{LORA} {evaluate}")
+    expected = load_file(trained.received("weights_3.safetensors")[0])
+    got = load_file(alone.received("weights_1.safetensors")[0])
+    assert not all(torch_equal(got[k], v) for k, v in load_file(trained.work / "hf" / "model.safetensors").items())
+    assert got.keys() == expected.keys() and all(torch_equal(got[k], v) for k, v in expected.items())
+
+
+def torch_equal(a, b) -> bool:
+    import torch
+
+    return torch.equal(a, b)
+
+
 def test_host_memory(run, straight, plain_slime):
     full = run("--steps", "2", slime=plain_slime)
     of_slime, of_lora = full.probes[-1]["copies"], straight.probes[-1]["copies"]

@@ -29,13 +29,13 @@ from slime_plugins.lora.slime.hooks.paths import adapter_step_dir, step_dir
 logger = logging.getLogger(__name__)
 
 _of_another_policy = False
-"""slime's loader is told neither role nor tag; without an optimizer it may also be an actor that is evaluated alone."""
+"""slime's loader is told neither role nor tag, and an actor that is evaluated alone has no optimizer either."""
 MERGED = "merged"
 """Directory below --save-hf's for the merged model of --lora-save-merged."""
 
 
 def loading(load_checkpoint):
-    """Hook: ``load_checkpoint``. The actor's loads its adapters too, with an optimizer or, evaluated alone, without."""
+    """Hook: ``load_checkpoint``. The actor gets its adapters too, with an optimizer or, evaluated alone, without."""
 
     @functools.wraps(load_checkpoint)
     def hooked(ddp_model, optimizer, opt_param_scheduler, *more, **kwargs):
