@@ -12,13 +12,15 @@ REHEARSE_ARGS ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help rehearse test test-all lint docs bench clean
+.PHONY: help rehearse test test-all contracts lint docs bench clean
 
 help:
 	@echo "make rehearse   LoRA RL on a small tensor-parallel model; ends in a PEFT adapter under runs/rehearsal"
 	@echo "                (flags for it: make rehearse REHEARSE_ARGS='--tp 2 --sp')"
 	@echo "make test       the tests that take minutes (flags for pytest: PYTEST_ARGS='-k layout')"
 	@echo "make test-all   all of them, the slow ones too"
+	@echo "make contracts  the plugin against SGLang's and TransformerEngine's own code: 54 MB of wheels, once, into"
+	@echo "                ~/.cache/slime-lora/wheels, without their dependencies (with vLLM's 336 MB: FETCH_ARGS=--vllm)"
 	@echo "make lint       ruff, mypy, import-linter, shellcheck"
 	@echo "make docs       the pages and an API page as a site, build/site; a warning is an error"
 	@echo "make bench      step time, communicated bytes, checkpoint size; JSON in bench/out"
@@ -52,6 +54,10 @@ test: $(READY)
 
 test-all: $(READY_ALL)
 	@$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
+
+contracts: $(READY)
+	@$(BIN)/python tests/contracts/fetch.py $(FETCH_ARGS)
+	@SLIME_LORA_CONTRACTS=1 $(BIN)/python -m pytest -m contracts tests/contracts $(PYTEST_ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check .

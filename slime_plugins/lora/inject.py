@@ -25,6 +25,7 @@ from slime_plugins.lora.layers import (
     shards_of,
     spec_for,
 )
+from slime_plugins.lora.layers.guards import guard_frozen
 from slime_plugins.lora.names import in_experts, in_layer_order, is_adapter, is_known
 from slime_plugins.lora.parallel import all_gather_over, chunks_of, model_parallel, pipeline_group, unwrapped
 from slime_plugins.lora.targets import Targets, check_all_matched, short_name
@@ -117,6 +118,7 @@ def apply_lora(model, config: LoRAConfig, *, freeze_base: bool = True) -> LoRARe
     if freeze_base:
         for chunk in chunks:
             chunk.requires_grad_(False)
+        guard_frozen(chunks)
     dtype = getattr(torch, config.dtype) if config.dtype else None
     linears = [adapt(planned.linear, planned.form, planned.base, planned.spec, dtype) for planned in plan]
     remember(chunks, config)

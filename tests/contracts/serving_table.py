@@ -1,4 +1,4 @@
-"""The table in docs/servers.md: what SGLang's own code serves, and what is refused at launch. Needs ``make contracts``.
+"""The table in docs/servers.md: what SGLang's own code serves, what is refused at launch. Needs ``make contracts``.
 
 PYTHONPATH=. python tests/contracts/serving_table.py        # writes the table anew
 """
@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "support")]
-from serving_cases import FAMILIES, TARGETS, Outcome, outcome
-from wheels import SGLANG
+from serving_cases import FAMILIES, TARGETS, Outcome, outcome  # noqa: E402
+from wheels import SGLANG  # noqa: E402
 
 PAGE = Path(__file__).parents[2] / "docs" / "servers.md"
 BEGIN, END = "<!-- table: tests/contracts/serving_table.py -->", "<!-- end of table -->"

@@ -127,7 +127,7 @@ def test_the_form_of_before_is_what_0_5_23_does_not_read(hf_dir):
         assert torch.equal(got["a"], tensors["a"])
         try:
             old[version] = reader(io.BytesIO(pickle.dumps(ByValue()))).load().keys() == tensors.keys()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             old[version] = str(error)
     assert old["0.5.15.post1"] is True and "Expected a Torch storage, got dict" in old["0.5.23"]
 
@@ -194,7 +194,6 @@ def test_without_the_plugin_a_rejected_request_blocks_0_5_15(hf_dir, ray):
     """Why the plugin counts it off."""
     engine = Engine("0.5.15.post1", hf_dir, TARGETS, serving_cases.RANK, plugin=False)
     _, config, tensors = adapter(hf_dir, 0)
-    engine.worker  # noqa: B018
     body = {"lora_name": "a", "config_dict": config, "serialized_tensors": _pickled(tensors)}
     engine.request("load_lora_adapter_from_tensors", body).result(10)
     refused(engine.generate(input_ids=[1] * 99, lora_path="a"))
@@ -268,9 +267,7 @@ def test_bodies_have_the_fields_of_the_request_classes(version, hf_dir):
     classes = request_classes(wheel_of(version))
     version_body = {"new_version": "3", "abort_all_requests": False}
     assert validated(classes["update_weight_version"], version_body).abort_all_requests is False
-    assert classes["update_weight_version"](new_version="3").abort_all_requests is True, (
-        "the default that is overruled"
-    )
+    assert classes["update_weight_version"](new_version="3").abort_all_requests is True, "the default"
     unload = validated(classes["unload_lora_adapter"], {"lora_name": "a"})
     assert unload.lora_name == "a"
     smoke = requests._smoke("a")

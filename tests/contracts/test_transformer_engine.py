@@ -83,14 +83,13 @@ class Linear(torch.nn.Module):
 def test_guards_on_tes_own_store(te):
     import queue
 
-    store = te.take(
-        "transformer_engine.pytorch.module._common", "WeightGradStore", queue=queue, torch=torch
-    ).WeightGradStore
+    module = "transformer_engine.pytorch.module._common"
+    store = te.take(module, "WeightGradStore", queue=queue, torch=torch).WeightGradStore
     with pytest.raises(UsageError, match="0 delays its weight gradient"):
         guard_frozen([torch.nn.Sequential(Linear(store(delay_wgrad_compute=True)))])
     overlapping = torch.nn.Sequential(Linear(store(), ub_bulk_wgrad=True, ub_bulk_dgrad=True))
     assert guard_frozen([overlapping]) == ["0"]
     assert not overlapping[0].ub_bulk_wgrad and not overlapping[0].ub_bulk_dgrad
-    with pytest.raises(Exception, match="empty"):  # why: nothing was put, and a frozen layer pops all the same
-        popped = store(delay_wgrad_compute=True)
-        popped.pop()
+    nothing_put = store(delay_wgrad_compute=True)
+    with pytest.raises(RuntimeError, match="Pop empty queue"):  # why: a frozen layer pops all the same
+        nothing_put.pop()

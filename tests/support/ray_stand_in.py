@@ -1,4 +1,4 @@
-"""What adapter sync asks of Ray, in one process: an answer is a value or a future; ``put`` hands back what it is given."""
+"""What adapter sync asks of Ray, in one process: an answer is a value or a future; ``put`` hands back what it got."""
 
 from __future__ import annotations
 

@@ -94,9 +94,8 @@ def arguments(hf_dir: Path, *words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     hooks.flags(lambda: lambda given: given)()(parser)
     args = parser.parse_args(["--use-lora", "--lora-sync", "adapter", *words])
-    experts = next(
-        (config[k] for k in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(k)), None
-    )
+    counts = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((config[name] for name in counts if config.get(name)), None)
     shared = config.get("shared_expert_intermediate_size")
     if config.get("n_shared_experts"):
         shared = config["n_shared_experts"] * config["moe_intermediate_size"]
@@ -141,7 +140,7 @@ def outcome(root: Path, version: str, family: str, targets: str, *, tp: int = 1,
     adapters = adapter_of(args, hf_dir)
     if not adapters:
         return None
-    rows = [row for row in refused(Launch(args, Version(version)))]
+    rows = refused(Launch(args, Version(version)))
     problem = None
     for rank in range(tp):
         problem = problem or _serve(args, hf_dir, version, adapters, tp, rank, fused_shared)

@@ -1,7 +1,7 @@
 """An engine that says no: SGLang's own handling of requests, adapters and plugins out of its wheel, on one CPU rank.
 
-Its own are: the request classes and their validation, the unpickler, the registry that counts requests under way, loading
-and unloading, the path of a request up to the scheduler, the plugin framework, and on the rank everything of
+Its own are: the request classes and their validation, the unpickler, the registry that counts requests under way,
+loading and unloading, the path of a request up to the scheduler, the plugin framework, and on the rank everything of
 ``sglang_worker``. Ours: tokenising (a length limit) and the scheduler (a token at once, or when it is told to).
 """
 
@@ -242,12 +242,8 @@ def manager_class(wheel: Any) -> type:
         LoadLoRAAdapterReqInput=classes["load_lora_adapter"],
     )  # fmt: skip
     methods = wheel.take(MANAGER, *(f"TokenizerManager.{name}" for name in own), **given)
-    control = [
-        "load_lora_adapter",
-        "load_lora_adapter_from_tensors",
-        "unload_lora_adapter",
-        "_unload_lora_adapter_locked",
-    ]
+    control = ["load_lora_adapter", "load_lora_adapter_from_tensors", "unload_lora_adapter"]
+    control.append("_unload_lora_adapter_locked")
     helpers = [n for n in ("_merge_lora_update_results", "_lora_load_needs_cleanup") if _has(wheel, CONTROL, n)]
     registry = wheel.module("sglang.srt.lora.lora_registry")
     names = ("normalize_serialized_named_tensor_payload", "normalize_serialized_named_tensor_payloads")

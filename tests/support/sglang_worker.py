@@ -322,7 +322,8 @@ def sglang_model(config: Any, tp: int, rank: int, *, fused_shared: bool = False)
             moe_runner_config=Quiet(is_gated=True, gemm1_alpha=None), dispatcher=None, num_local_experts=number,
             should_fuse_routed_scaling_factor_in_topk=False, moe_tp_size=tp, moe_tp_rank=rank,
             intermediate_size_per_partition=config.moe_intermediate_size // tp, is_shared_fused_moe=False,
-            hidden_size=hidden, num_experts=number, num_fused_shared_experts=0, top_k=config.num_experts_per_tok, runner=None,
+            hidden_size=hidden, num_experts=number, num_fused_shared_experts=0, top_k=config.num_experts_per_tok,
+            runner=None,
         )  # fmt: skip
         add(f"{mlp}.experts", moe)
         if shared and not fused_shared:

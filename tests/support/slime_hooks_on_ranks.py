@@ -257,20 +257,28 @@ def loading(layout: Layout, hf_dir, work, missing: str | None):
     unmoved, fresh_optimizer = fresh()
     load(unmoved, fresh_optimizer, None, {})
     at_save = adapter_values(unmoved)
+    evaluated, _ = fresh()
+    load(evaluated, None, None, {})  # slime's --num-rollout 0: an actor without an optimizer
+    eval_only = [all(torch.equal(a, b) for a, b in zip(at_save, adapter_values(evaluated)))]
 
     args.load, args.finetune = str(hf_dir), True
     args.lora_adapter_path = str(Path(work) / "hf")
     warm, warm_optimizer = fresh()
     load(warm, warm_optimizer, None, {})
     from_peft = adapter_values(warm)
+    evaluated, _ = fresh()
+    load(evaluated, None, None, {})
+    eval_only.append(all(torch.equal(a, b) for a, b in zip(from_peft, adapter_values(evaluated))))
     for group in warm_optimizer.param_groups:
         group["lr"] = 0.0
     adapted.train_step(warm, warm_optimizer, tokens())
-    others = load(warm, None, None, {})  # slime's load_other_checkpoint
+    with checkpoints.another_policy():  # slime's load_other_checkpoint
+        others = load(warm, None, None, {})
     return {
         "returned": [first, second, others],
         "asked": seen,
         "resumed from": resumed_from,
+        "eval only": eval_only,
         "same step": same,
         "peft equals checkpoint": all(torch.equal(a, b) for a, b in zip(at_save, from_peft)),
         "step at lr 0": all(torch.equal(a, b) for a, b in zip(from_peft, adapter_values(warm))),
@@ -349,11 +357,14 @@ class Engine:
     """A rollout engine that remembers what it was asked; ``_make_request.remote`` as on a Ray handle."""
 
     def __init__(self, answer=None):
-        self.requests, self.answer = [], answer
+        self.requests, self.proofs, self.answer = [], [], answer
         self._make_request = types.SimpleNamespace(remote=self._ask)
 
     def _ask(self, endpoint, payload):
-        self.requests.append((endpoint, payload))
+        if endpoint != "generate":
+            self.requests.append((endpoint, payload))
+        else:
+            self.proofs.append(payload["lora_path"])
         loaded = {payload["lora_name"]: "x"} if endpoint.startswith("load") else {}
         return self.answer if self.answer is not None else {"success": True, "loaded_adapters": loaded}
 
@@ -363,7 +374,7 @@ def adapter_sync(layout: Layout, hf_dir, work, colocate: bool, answer):
     import base64
     import pickle
 
-    import sglang_stand_in  # noqa: F401 - an SGLang with the LoRA requests
+    import sglang_stand_in  # an SGLang with the LoRA requests
 
     from slime_plugins.lora.ends.export import export_peft
     from slime_plugins.lora.peft.directory import AdapterTensors
@@ -375,7 +386,7 @@ def adapter_sync(layout: Layout, hf_dir, work, colocate: bool, answer):
     model = model_of(layout, hf_dir, dtype=torch.bfloat16)
     args = Namespace(
         colocate=colocate, lora_sync_dir=None if colocate else str(work), hf_checkpoint=str(hf_dir),
-        offload_train=colocate, sglang_tp_size=2,
+        offload_train=colocate, offload_rollout=False, sglang_tp_size=2, lora_sync_timeout=10.0, lora_sync_lag=None,
     )  # fmt: skip
     store = Policies(args, model)
     first, second = Engine(answer), Engine()
@@ -398,13 +409,14 @@ def adapter_sync(layout: Layout, hf_dir, work, colocate: bool, answer):
             if colocate:
                 data = payload["serialized_named_tensors"]
                 assert len(data) == 2, "a payload per rank of the engine"
-                got = pickle.loads(base64.b64decode(data[1]))
+                got = sglang_stand_in.tensors_of(pickle.loads(base64.b64decode(data[1])))
                 want = AdapterTensors(out / "adapter_model.safetensors")
                 equal.append(got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in got))
         _step(model)
     return {
         "asked": [[(e, p.get("lora_name")) for e, p in engine.requests] for engine in (first, second)],
         "names": names,
+        "proofs": first.proofs,
         "equal": equal,
         "sent": sent,
         "left": sorted(p.name for p in Path(work).iterdir() if not p.name.startswith("peft")),

@@ -9,6 +9,7 @@ import sys
 import types
 from argparse import Namespace
 
+import ray_stand_in
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
@@ -22,10 +23,9 @@ def install(args: Namespace | None = None) -> types.ModuleType:
         named_params_and_buffers=named_params_and_buffers,
     )
     _module("slime.utils.distributed_utils", get_gloo_group=lambda: dist.group.WORLD)
-    _module("slime.backends.megatron_utils.sglang", MultiprocessingSerializer=Serializer)
     _module("torch_memory_saver", torch_memory_saver=types.SimpleNamespace(get_cpu_backup=_no_backup))
     _module("megatron.training.global_vars", get_args=lambda: args)
-    _module("ray", get=lambda answer: answer)
+    sys.modules["ray"] = ray_stand_in.module(nodes=2)
     return common
 
 
@@ -68,14 +68,3 @@ def all_gather_param(name: str, param):
         halves = [shard.chunk(2) for shard in shards]
         shards = [half[0] for half in halves] + [half[1] for half in halves]
     return torch.cat(shards, dim=param.partition_dim)
-
-
-class Serializer:
-    """SGLang's, without the handles: the object is kept."""
-
-    @staticmethod
-    def serialize(obj, output_str=False):
-        import base64
-        import pickle
-
-        return base64.b64encode(pickle.dumps(obj)).decode()

@@ -2,8 +2,8 @@
 
 ``make contracts`` fetches the wheels and unpacks their Python. A module is run as it is. What it imports is, in this
 order: what a test has given, another module of the wheel that the test has named as real, a package that is installed,
-and else a name that stands for nothing: it may be imported and written in annotations, and any use of it is an error. A
-stand-in that answers yes to everything proves nothing.
+and else a name that stands for nothing: it may be imported and written in annotations, and any use of it is an error.
+A stand-in that answers yes to everything proves nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a frozen base cannot have switched on in TransformerEngine and Megatron: turned off, or refused, at freeze time."""
+"""What a frozen base cannot have switched on in TransformerEngine and Megatron: turned off, or refused."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def _refuse_fused(name: str, module: torch.nn.Module) -> None:
     config = getattr(module, "config", None)
     if type(module).__name__ == "TEFusedMLP" or getattr(config, "use_transformer_engine_op_fuser", False):
         raise UsageError(
-            f"{name} computes from the weights of its linears (--use-transformer-engine-op-fuser) and would never call "
-            "their adapters; drop --use-transformer-engine-op-fuser"
+            f"{name} computes from the weights of its linears (--use-transformer-engine-op-fuser) and would never "
+            "call their adapters; drop --use-transformer-engine-op-fuser"
         )
     if getattr(module, "_slime_deepgemm_forward_wrapped", False):
         raise UsageError(
@@ -69,6 +69,6 @@ def _refuse_fused(name: str, module: torch.nn.Module) -> None:
         )
     ):
         raise UsageError(
-            f"{name} is to be captured in a CUDA graph, which would replay adapters that have been switched off for the "
-            "reference or a teacher; drop --enable-cuda-graph, --external-cuda-graph and --cuda-graph-impl"
+            f"{name} is to be captured in a CUDA graph, which would replay adapters that have been switched off for "
+            "the reference or a teacher; drop --enable-cuda-graph, --external-cuda-graph and --cuda-graph-impl"
         )

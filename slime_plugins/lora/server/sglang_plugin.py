@@ -92,8 +92,9 @@ def _name_for(manager: Any, name: str | None) -> str | None:
     loaded = manager.lora_registry.get_all_adapters()
     if name not in loaded:
         raise ValueError(
-            f"slime-lora: adapter {name!r} is not loaded here (loaded: {', '.join(sorted(loaded)) or 'none'}); a later "
-            f'weight sync has replaced it, or it never was: leave lora_path out for the current one, or send "{BASE}"'
+            f"slime-lora: adapter {name!r} is not loaded here (loaded: {', '.join(sorted(loaded)) or 'none'}); a "
+            "later weight sync has replaced it, or it never was: leave lora_path out for the current one, or send "
+            f'"{BASE}" for the base'
         )
     return name
 

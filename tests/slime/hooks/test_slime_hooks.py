@@ -75,8 +75,9 @@ def test_base_then_adapters_then_masters(pool2, hf_dir, tmp_path):
     for seen in pool2.run(on_ranks.loading, hf_dir, tmp_path, None, tp=2, sp=True):
         assert seen["returned"] == [(0, 0), (5, 0), (7, 0)]
         # the base is always read without an optimizer and as if from scratch, from --ref-load when resuming
-        assert seen["asked"] == [(str(hf_dir), True, True, True)] * 5
+        assert seen["asked"] == [(str(hf_dir), True, True, True)] * 7
         assert seen["resumed from"] == (str(tmp_path / "ckpt"), False), "arguments are put back"
+        assert seen["eval only"] == [True, True], "--num-rollout 0 measures the base, not the adapter"
         assert seen["same step"], "the step after a resume is not the step of the run that went on"
         assert seen["peft equals checkpoint"] and seen["non-zero"]
         assert seen["step at lr 0"], "fp32 masters undo the load"
@@ -142,6 +143,7 @@ def test_adapter_sync(pool2, hf_dir, tmp_path, colocate):
     ]  # fmt: skip
     # An engine that has come back since gets the adapter, and is not asked for what it never had.
     assert second == [(load, names[3]), version]
+    assert seen["proofs"] == [proof for name in names for proof in (name, "slime-lora-base")]
     assert all(seen["equal"]) and len(seen["equal"]) == (4 if colocate else 0)
     assert seen["left"] == [] and len(set(seen["sent"])) == 1 and seen["sent"][0] > 0
     assert other["names"] == [] and set(other["sent"]) == {0}

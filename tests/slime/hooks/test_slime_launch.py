@@ -5,13 +5,18 @@ pytest tests/slime/hooks/test_slime_launch.py
 
 import argparse
 import asyncio
+import concurrent.futures
+import json
+import sys
 import types
 
 import pytest
+import ray_stand_in
+from packaging.version import Version
 
 from slime_plugins.lora import slime as hooks
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.slime.hooks import launch, paths, requests
+from slime_plugins.lora.slime.hooks import launch, paths, refusals, requests
 
 
 def parse(*words, **settings):
@@ -32,7 +37,8 @@ def parse(*words, **settings):
         debug_train_only=False, use_critic=False, colocate=False, save_hf=None, no_save_optim=False, num_layers=3,
         offload_rollout=False, update_weight_transport="nccl", update_weight_mode="full", update_weight_disk_dir=None,
         sglang_enable_lora=False, sglang_max_lora_rank=None, sglang_lora_target_modules=None,
-        sglang_max_loras_per_batch=8, sglang_enable_weights_cpu_backup=False, checked=0,
+        sglang_max_loras_per_batch=8, sglang_enable_weights_cpu_backup=False, sglang_weight_version="default",
+        sglang_disable_shared_experts_fusion=False, checked=0,
     )  # fmt: skip
     for name, value in (slime | settings).items():
         setattr(args, name, value)
@@ -43,6 +49,10 @@ def parse(*words, **settings):
 def slime_validate_args(args):
     args.checked += 1
     return "slime's"
+
+
+SHARED = dict(num_experts=8, moe_shared_expert_intermediate_size=64)
+LATENT = dict(multi_latent_attention=True, q_lora_rank=16, colocate=True)
 
 
 def refused(reason, *words, **settings):
@@ -85,6 +95,30 @@ def test_flags_without_use_lora_are_refused(flag):
         ("--lora-sync adapter", dict(release_train=True), "--lora-sync merged"),
         ("--lora-sync adapter", dict(colocate=True, update_weight_transport="disk"), "drop --update-weight-transport"),
         ("--lora-sync adapter --lora-r 16", dict(colocate=True, sglang_max_lora_rank=8), "has rank 16"),
+        ("", dict(moe_router_enable_expert_bias=True, moe_router_bias_update_rate=1e-3), "rate 0"),
+        ("--lora-adapter-path a", dict(update_weight_mode="delta"), "--update-weight-mode full"),
+        ("", dict(use_transformer_engine_op_fuser=True), "never calls the adapters; drop it"),
+        ("", dict(moe_shared_expert_overlap=True, **SHARED), "--lora-exclude-modules shared_experts.linear_fc1"),
+        ("", dict(megatron_deepgemm_forward_layers="all"), "drop them"),
+        ("", dict(megatron_deepgemm_moe_forward_layers="all"), "drop them"),
+        ("", dict(delay_wgrad_compute=True), "Pop empty queue.*drop it"),
+        ("", dict(enable_cuda_graph=True), "drop them"),
+        ("", dict(cuda_graph_impl="transformer_engine"), "drop them"),
+        ("--lora-sync adapter", dict(check_weight_update_equal=True), "use --lora-sync merged"),
+        ("--lora-sync adapter", dict(sglang_dp_size=2), "--rollout-num-gpus-per-engine"),
+        ("--lora-sync adapter", dict(sglang_enable_dp_attention=True), "--lora-sync merged"),
+        ("--lora-sync adapter", dict(sglang_speculative_algorithm="EAGLE"), "NGRAM alone; drop it"),
+        ("--lora-sync adapter", dict(sglang_tokenizer_worker_num=4), "drop it"),
+        ("--lora-sync adapter", dict(sglang_moe_runner_backend="deep_gemm", num_experts=8), "use triton"),
+        ("--lora-sync adapter", dict(sglang_moe_a2a_backend="deepep", num_experts=8), "drop it"),
+        ("--lora-sync adapter", dict(sglang_max_loaded_loras=1), "drop the flag"),
+        ("--lora-sync adapter --lora-target-modules router linear_fc1", dict(num_experts=8), "leave it out"),
+        ("--lora-sync adapter --lora-target-modules q_proj", {}, "target linear_qkv"),
+        ("--lora-sync adapter --lora-target-modules k_proj v_proj", {}, "target linear_qkv"),
+        ("--lora-sync adapter --lora-target-modules up_proj", {}, "target linear_fc1"),
+        ("--lora-sync adapter --lora-target-modules q_a_proj", LATENT, "target both"),
+        ("--lora-sync adapter", {**LATENT, "q_lora_rank": None}, "--lora-exclude-modules linear_q_proj"),
+        ("--lora-sync adapter --lora-sync-lag 3", dict(colocate=True, sglang_max_loras_per_batch=3), "at least that"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_way_out(words, settings, reason):
@@ -111,7 +145,8 @@ def test_sglang_is_told_what_it_will_serve():
     slime_validate_args(args)
     assert args.sglang_enable_lora and args.sglang_max_lora_rank == 12
     assert args.sglang_lora_target_modules == ["q_proj", "v_proj", "down_proj"]
-    assert args.sglang_max_loras_per_batch == 3
+    assert args.sglang_max_loras_per_batch == 2, "the current version and the one before"
+    assert args.sglang_weight_version == "slime-lora" and not args.sglang_disable_shared_experts_fusion
     assert args.sglang_enable_weights_cpu_backup
     assert args.update_weight_transport == "nccl", "slime's train group would wait for a checkpoint on disk"
     args = parse("--use-lora", "--lora-sync", "adapter", update_weight_disk_dir="shared", sglang_max_lora_rank=64)
@@ -121,6 +156,82 @@ def test_sglang_is_told_what_it_will_serve():
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     ]  # fmt: skip
     assert not args.sglang_enable_weights_cpu_backup
+
+
+def base_dir(tmp_path, **config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return str(tmp_path)
+
+
+def test_what_the_base_says_is_looked_at(tmp_path):
+    gated = base_dir(tmp_path, model_type="qwen3_next", layer_types=["linear_attention", "full_attention"])
+    refused("--context-parallel-size 1", "--use-lora", hf_checkpoint=gated, context_parallel_size=2)
+    slime_validate_args(parse("--use-lora", hf_checkpoint=gated, context_parallel_size=1))
+    adapter = ("--use-lora", "--lora-sync", "adapter")
+    refused("room for the gate", *adapter, "--lora-target-modules", "linear_qkv", hf_checkpoint=gated, colocate=True)
+    nested = base_dir(tmp_path, text_config={"model_type": "qwen2_moe"})
+    launch_of = [*adapter, "--lora-target-modules", "experts.linear_fc1"]
+    refused("SGLang 0.5.23 or newer", *launch_of, hf_checkpoint=nested, num_experts=8, colocate=True)
+    rows = refusals.refused(refusals.Launch(parse(*launch_of, hf_checkpoint=nested, num_experts=8), Version("0.5.23")))
+    assert rows == []
+
+
+def test_merged_weights_into_a_quantised_engine_are_warned_of(tmp_path):
+    quantised = base_dir(tmp_path, model_type="qwen3", quantization_config={"quant_method": "fp8"})
+    with pytest.warns(UserWarning, match="sync_lost.*does not see it; --lora-sync adapter"):
+        slime_validate_args(parse("--use-lora", hf_checkpoint=quantised))
+    slime_validate_args(parse("--use-lora", "--lora-sync", "adapter", hf_checkpoint=quantised, colocate=True))
+
+
+def test_experts_and_shared_experts_are_served_apart():
+    """SGLang would fuse them, and wraps experts for gate, up and down together or not at all."""
+    args = parse("--use-lora", "--lora-sync", "adapter", "--lora-target-modules", "experts.linear_fc2",
+                 colocate=True, **SHARED)  # fmt: skip
+    slime_validate_args(args)
+    assert args.sglang_lora_target_modules == ["gate_proj", "up_proj", "down_proj"]
+    assert args.sglang_disable_shared_experts_fusion
+
+
+def test_how_many_versions_stay_loaded():
+    for words, settings, kept in (
+        ("", {}, 2),
+        ("", dict(partial_rollout=True, update_weights_interval=4), 2),
+        ("", dict(max_policy_version_lag=3), 4),
+        ("--lora-sync-lag 2", dict(max_policy_version_lag=3), 3),
+        ("--lora-sync-lag 0", {}, 2),  # the new one is loaded before the old one goes
+    ):
+        args = parse("--use-lora", "--lora-sync", "adapter", *words.split(), colocate=True, **settings)
+        slime_validate_args(args)
+        assert refusals.versions_kept(args) == args.sglang_max_loras_per_batch == kept
+
+
+def test_models_that_get_no_weights_keep_the_users_settings():
+    """--sglang-config with a frozen reward model beside the trained one."""
+
+    @hooks.serving
+    def resolve(self, args):
+        return "slime's"
+
+    args = parse("--use-lora", "--lora-sync", "adapter", colocate=True, offload_rollout=True)
+    slime_validate_args(args)
+    assert args.sglang_enable_lora and args.sglang_enable_weights_cpu_backup
+
+    def model(update_weights, **overrides):
+        group = types.SimpleNamespace(overrides={"model_path": "m", **overrides})
+        return types.SimpleNamespace(update_weights=update_weights, server_groups=[group])
+
+    trained, frozen, own = model(True), model(False), model(False, **{"max-lora-rank": 8, "enable_lora": True})
+    for each in (trained, frozen, own):
+        assert resolve(each, args) == "slime's"
+    assert trained.server_groups[0].overrides == {"model_path": "m"}
+    assert frozen.server_groups[0].overrides == {
+        "model_path": "m", "enable_lora": False, "max_lora_rank": None, "lora_target_modules": None,
+        "max_loras_per_batch": 8, "weight_version": "default", "enable_weights_cpu_backup": False,
+        "disable_shared_experts_fusion": False,
+    }  # fmt: skip
+    assert own.server_groups[0].overrides["enable_lora"] is True
+    assert own.server_groups[0].overrides["max-lora-rank"] == 8
+    resolve(model(False), parse())
 
 
 def checkpoint(root, step, adapter=True):
@@ -169,6 +280,7 @@ def test_a_critic_gets_adapters_only_when_asked():
 @pytest.fixture
 def nothing_announced(monkeypatch):
     monkeypatch.setattr(requests, "_announced", None)
+    monkeypatch.setattr(requests, "_unproven", None)
 
 
 def test_requests_name_the_adapter_once_it_is_there(nothing_announced):
@@ -185,7 +297,7 @@ def test_requests_name_the_adapter_once_it_is_there(nothing_announced):
     assert sent.pop() == (generate, payload, {"a": "b"})
 
     server = types.SimpleNamespace(router_ip="10.0.0.1", router_port=3000)
-    manager = types.SimpleNamespace(_get_updatable_server=lambda: server)
+    manager = types.SimpleNamespace(_get_updatable_server=lambda: server, args=types.SimpleNamespace())
     assert hooks.use_lora_adapter(manager, "run-v000001") == "run-v000001"
     asyncio.run(post(generate, payload))
     assert sent.pop()[1] == {"input_ids": [1], "lora_path": "run-v000001"}
@@ -208,3 +320,34 @@ def test_the_router_of_args_serves_where_the_server_has_none(nothing_announced):
     args = types.SimpleNamespace(sglang_router_ip="127.0.0.1", sglang_router_port=9)
     hooks.use_lora_adapter(types.SimpleNamespace(_get_updatable_server=lambda: None, args=args), "v1")
     assert hooks.request_fields("http://127.0.0.1:9/generate") == {"lora_path": "v1"}
+
+
+def test_offloaded_engines_are_proven_before_the_first_request(nothing_announced, monkeypatch):
+    """While the trainer syncs they have no memory to compute in. A proof that fails fails every request."""
+    monkeypatch.setitem(sys.modules, "ray", ray_stand_in.module())
+    asked = []
+
+    def answer(endpoint, payload):
+        asked.append((endpoint, payload["lora_path"], payload["sampling_params"]["max_new_tokens"]))
+        return {"text": "t"}
+
+    engine = types.SimpleNamespace(_make_request=types.SimpleNamespace(remote=answer))
+    server = types.SimpleNamespace(router_ip="127.0.0.1", router_port=9, engines=[engine, None])
+    args = types.SimpleNamespace(offload_rollout=True, lora_sync_timeout=5.0)
+    manager = types.SimpleNamespace(_get_updatable_server=lambda: server, args=args)
+    hooks.use_lora_adapter(manager, "v1")
+    assert asked == []
+    for _ in range(2):
+        assert hooks.request_fields("http://127.0.0.1:9/generate") == {"lora_path": "v1"}
+    assert asked == [("generate", "v1", 1), ("generate", "slime-lora-base", 1)]
+
+    def broken(endpoint, payload):
+        future = concurrent.futures.Future()
+        future.set_exception(ValueError("400 Client Error"))
+        return future
+
+    engine._make_request.remote = broken
+    hooks.use_lora_adapter(manager, "v2")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="engine 0 of 1, generate with lora_path v2: 400 Client Error"):
+            hooks.request_fields("http://127.0.0.1:9/generate")

@@ -51,26 +51,33 @@ def run(harness_dir, megatron_dir, slime_python, patched_slime, tmp_path_factory
     """Run slime once per set of arguments and session; ``of`` names another run's directory to go on from."""
     done: dict[tuple, Run] = {}
 
-    def start(*words: str, extra: str = "", slime: Path = patched_slime, of: Run | None = None) -> Run:
-        key = (words, extra, slime, of and of.work)
+    def start(*words: str, extra: str = "", slime: Path = patched_slime, of: Run | None = None, fails=False) -> Run:
+        key = (words, extra, slime, of and of.work, fails)
         if key not in done:
             work = tmp_path_factory.mktemp("run") / "work"
             if of is not None:
                 shutil.copytree(of.work, work)
             command = [
                 slime_python, harness_dir / "run.py", "--slime", slime, "--megatron", megatron_dir, "--work", work,
-                "--pythonpath", HERE, "--plugin", "probe", *words, "--extra", extra,
+                "--pythonpath", HERE, "--plugin", "probe", "--plugin", "served", *words, "--extra", extra,
             ]  # fmt: skip
             for _ in range(3):  # on a busy machine Ray may not come up in its time
                 finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
                 log = (work / "log.txt").read_text()
                 if "timed out during startup" not in log:
                     break
-            assert finished.returncode == 0, log[-4000:]
-            done[key] = Run(work, log, json.loads((work / "steps.json").read_text())["steps"])
+            assert (finished.returncode != 0) == fails, log[-4000:]
+            steps = [] if fails else json.loads((work / "steps.json").read_text())["steps"]
+            done[key] = Run(work, log, steps)
         return done[key]
 
     return start
+
+
+def rollout_requests(requests: list[dict]) -> list[dict]:
+    """Without the requests of one token by which a sync proves the engines."""
+    found = [r for r in requests if r["endpoint"] == "generate"]
+    return [r for r in found if r["payload"]["sampling_params"].get("max_new_tokens") != 1]
 
 
 def check_learning(run: Run, steps: int) -> None:
@@ -216,11 +223,64 @@ def test_engines_receive_the_adapter_alone(run, words, extra):
     assert not [r for r in requests if r["endpoint"].startswith("update_weights")], "no weight is sent"
     loads = [r["payload"]["lora_name"] for r in requests if r["endpoint"].startswith("load_lora_adapter")]
     assert len(set(loads)) == 3
-    named = [r["payload"].get("lora_path") for r in requests if r["endpoint"] == "generate"]
+    named = [r["payload"].get("lora_path") for r in rollout_requests(requests)]
     assert set(named) == set(loads[:2]) and named == sorted(named), "an answer from an older adapter"
     if not extra:
         last = load_file(synced.received("lora_*.safetensors")[-1])
         assert last.keys() == expected.keys() and all(torch.equal(last[k], expected[k]) for k in last)
+
+
+def test_async_training_lags_by_one_version_and_no_more(run):
+    """train_async.py: the next rollout is under way while a step trains, and done before the sync."""
+    words = ("--steps", "3", "--generate", "--mode", "disk", "--train-script", "train_async.py")
+    asynchronous = run(*words, extra=f"{LORA} --lora-sync adapter --lora-sync-dir sync")
+    assert len(asynchronous.steps) == 3
+    requests = asynchronous.requests()
+    loads = [r["payload"]["lora_name"] for r in requests if r["endpoint"] == "load_lora_adapter"]
+    loaded: list[str] = []
+    for request in requests:
+        name = request["payload"].get("lora_name")
+        loaded += [name] if request["endpoint"] == "load_lora_adapter" else []
+        if request["endpoint"] == "unload_lora_adapter":
+            loaded.remove(name)
+        assert len(loaded) <= 2, "two in flight"
+    named = [r["payload"]["lora_path"] for r in rollout_requests(requests)]
+    assert named == sorted(named) and set(named) <= set(loads)
+    # Three rollouts of 16 requests. The first two are of the first version: the second starts before the first step.
+    assert [named.count(name) for name in loads[:2]] == [32, 16]
+    assert not [r for r in requests if r["endpoint"] == "update_weight_version" and r["payload"]["abort_all_requests"]]
+
+
+def test_an_engine_without_the_server_plugin_ends_the_run_at_its_first_sync(run, monkeypatch):
+    monkeypatch.setenv("SLIME_LORA_NO_SERVER_PLUGIN", "1")
+    words = ("--steps", "1", "--generate", "--mode", "disk")
+    log = run(*words, extra=f"{LORA} --lora-sync adapter --lora-sync-dir sync", fails=True).log
+    assert "engine 0 of 1, generate with lora_path slime-lora-base" in log
+    assert "has not loaded slime-lora's server plugin" in log
+
+
+def test_eval_only_measures_the_adapter(run, patched_slime, tmp_path):
+    """--num-rollout 0, where this slime has it: the engines get what a run that goes on from there would send."""
+    from safetensors.torch import load_file
+
+    if "num_rollout == 0" not in (patched_slime / "slime/backends/megatron_utils/model.py").read_text():
+        pytest.skip("this slime has no eval-only runs; SLIME_REV=main has")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"input": "t4 t5", "label": "t3"}) + "\n")
+    words = ("--steps", "2", "--mode", "disk", "--generate")
+    trained = run(*words, "--save-interval", "2", extra=LORA)
+    evaluate = f"--num-rollout 0 --eval-interval 1 --eval-prompt-data toy {prompts} --eval-max-response-len 8"
+    alone = run(*words, "--resume", of=trained, extra=f"{LORA} {evaluate}")
+    expected = load_file(trained.received("weights_3.safetensors")[0])
+    got = load_file(alone.received("weights_1.safetensors")[0])
+    assert not all(torch_equal(got[k], v) for k, v in load_file(trained.work / "hf" / "model.safetensors").items())
+    assert got.keys() == expected.keys() and all(torch_equal(got[k], v) for k, v in expected.items())
+
+
+def torch_equal(a, b) -> bool:
+    import torch
+
+    return torch.equal(a, b)
 
 
 def test_host_memory(run, straight, plain_slime):
@@ -256,7 +316,7 @@ def test_eval_asks_the_adapter_of_its_step(run, tmp_path):
     evaluate = f"--eval-interval 1 --eval-prompt-data toy {prompts} --n-samples-per-eval-prompt 1"
     extra = f"{LORA} --lora-sync adapter --lora-sync-dir sync {evaluate} --eval-max-response-len 8"
     evaluated = run("--steps", "2", "--generate", "--mode", "disk", extra=extra)
-    asked = [r["payload"].get("lora_path") for r in evaluated.requests() if r["endpoint"] == "generate"]
+    asked = [r["payload"].get("lora_path") for r in rollout_requests(evaluated.requests())]
     names = [r["payload"]["lora_name"] for r in evaluated.requests() if r["endpoint"] == "load_lora_adapter"]
     # Before each of two steps and after the second: 5 prompts to evaluate, 16 samples to learn from.
     assert asked == sorted(asked) and [asked.count(name) for name in names] == [5 + 16, 5 + 16, 5]

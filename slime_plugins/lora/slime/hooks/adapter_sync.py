@@ -28,6 +28,7 @@ from slime_plugins.lora.adapters import config_of, has_adapters, iter_adapters
 from slime_plugins.lora.ends.export import gather_projections
 from slime_plugins.lora.peft.directory import write_adapter
 from slime_plugins.lora.peft.form import to_peft
+from slime_plugins.lora.server.names import PREFIX
 from slime_plugins.lora.slime.hooks import merged_sync, requests
 from slime_plugins.lora.slime.hooks.base_check import refuse_other_base
 from slime_plugins.lora.slime.hooks.policies import Policies
@@ -86,8 +87,9 @@ class AdapterUpdater:
         if dist.get_rank() == 0:
             try:
                 config, tensors = to_peft(projections, self.args.hf_checkpoint, dropout=config_of(self.model).dropout)
-                self._load(f"slime-{self._run}-v{self.weight_version:06d}", config, tensors)
-                merged_sync.count_bytes(sum(t.numel() * t.element_size() for t in tensors.values()))
+                size = sum(t.numel() * t.element_size() for t in tensors.values())
+                self._load(f"{PREFIX}{self._run}-v{self.weight_version:06d}", config, tensors)
+                merged_sync.count_bytes(size)
             except Exception as error:
                 logger.exception("LoRA: the engines did not get the adapter")
                 problem = f"{type(error).__name__}: {error}"
@@ -102,6 +104,7 @@ class AdapterUpdater:
             self._to_announce = None
 
     def _load(self, name: str, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """Unload what no request may name any more, load this. ``tensors`` is emptied on the way."""
         while len(self._loaded) >= versions_kept(self.args):
             old, engines = self._loaded.pop(0)
             # An engine that has been restarted since does not have it; one that has left is nobody's business.

@@ -28,12 +28,14 @@ from slime_plugins.lora.slime.hooks.paths import adapter_step_dir, step_dir
 
 logger = logging.getLogger(__name__)
 
+_of_another_policy = False
+"""slime's loader is told neither role nor tag, and an actor that is evaluated alone has no optimizer either."""
 MERGED = "merged"
 """Directory below --save-hf's for the merged model of --lora-save-merged."""
 
 
 def loading(load_checkpoint):
-    """Hook: ``load_checkpoint``. Without an optimizer (slime's other policies) it loads base weights alone."""
+    """Hook: ``load_checkpoint``. The actor gets its adapters too, with an optimizer or, evaluated alone, without."""
 
     @functools.wraps(load_checkpoint)
     def hooked(ddp_model, optimizer, opt_param_scheduler, *more, **kwargs):
@@ -46,7 +48,7 @@ def loading(load_checkpoint):
         def load_base():
             return load_checkpoint(ddp_model, None, None, *more, **kwargs)
 
-        if optimizer is None:
+        if _of_another_policy:
             with _base_only(ddp_model):
                 return load_base()
         if is_critic(ddp_model):
@@ -54,11 +56,23 @@ def loading(load_checkpoint):
                 return load_checkpoint(ddp_model, optimizer, opt_param_scheduler, *more, **kwargs)
             with _base_only(ddp_model):
                 loaded = load_base()
-            optimizer.reload_model_params()
+            if optimizer is not None:
+                optimizer.reload_model_params()
             return loaded
         return _load(args, ddp_model, optimizer, opt_param_scheduler, load_base), 0
 
     return hooked
+
+
+@contextlib.contextmanager
+def another_policy() -> Iterator[None]:
+    """Inside, what is loaded is a reference, a teacher, an old actor: base weights alone."""
+    global _of_another_policy
+    before, _of_another_policy = _of_another_policy, True
+    try:
+        yield
+    finally:
+        _of_another_policy = before
 
 
 def is_critic(model) -> bool:
@@ -91,7 +105,8 @@ def _load(args: Namespace, model, optimizer, scheduler, load_base) -> int:
         return _resume(args, model, optimizer, scheduler)
     if args.lora_adapter_path:
         _start_from(model, args.lora_adapter_path)
-    optimizer.reload_model_params()  # or the first step would undo the load
+    if optimizer is not None:
+        optimizer.reload_model_params()  # or the first step would undo the load
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import warnings
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -117,6 +118,7 @@ def validate_in_slime(args: Namespace) -> None:
             raise UsageError(f"{shown} given without --use-lora; add --use-lora, or drop them")
         return
     _refuse(args)
+    _warn_of_quantised_rollouts(args)
     if args.load is not None and (Path(args.load) / TRACKER).is_file() and step_dir(args.load, args.ckpt_step) is None:
         raise UsageError(f"--load {args.load} has no checkpoint of step {args.ckpt_step or 'its tracker'}")
     if args.load is not None and adapter_step_dir(args.load, args.ckpt_step) is None:
@@ -128,6 +130,17 @@ def validate_in_slime(args: Namespace) -> None:
         logger.warning("LoRA: --load %s is resumed; --lora-adapter-path is not read", args.load)
     if args.lora_sync == "adapter" and not args.debug_train_only:
         serve_adapters(args)
+
+
+def _warn_of_quantised_rollouts(args: Namespace) -> None:
+    launch = Launch(args)
+    if launch.base.get("quantization_config") and not launch.adapter_sync and not args.debug_train_only:
+        warnings.warn(
+            f"--hf-checkpoint {args.hf_checkpoint} is quantised, and --lora-sync merged sends W + update in that "
+            "form: updates below its step are lost, and train/lora/sync_lost, which counts the rounding to the base's "
+            "own dtype, does not see it; --lora-sync adapter keeps them",
+            stacklevel=3,
+        )
 
 
 def _refuse(args: Namespace) -> None:

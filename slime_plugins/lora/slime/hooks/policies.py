@@ -21,6 +21,7 @@ import torch
 from slime_plugins.lora.adapters import adapters_disabled, base_parameters, has_adapters, iter_carriers
 from slime_plugins.lora.layers import Carrier
 from slime_plugins.lora.slime.hooks.base_check import same_base
+from slime_plugins.lora.slime.hooks.checkpoints import another_policy
 from slime_plugins.lora.slime.hooks.merged_sync import MergedWeights
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ def other_policy(load_other_checkpoint):
             store.use_base(model_tag)
             _log("LoRA: %s is the base with the adapters off; no copy of it in host memory", model_tag)
             return None
-        store.use_full_copy(model_tag, lambda: load_other_checkpoint(self, model_tag, path), path)
+        with another_policy():
+            store.use_full_copy(model_tag, lambda: load_other_checkpoint(self, model_tag, path), path)
         self._active_model_tag = "actor"
         return None
 

@@ -200,8 +200,8 @@ TRAINING = (
     Refusal(
         "router bias",
         lambda launch: launch.given("moe_router_enable_expert_bias") and launch.given("moe_router_bias_update_rate"),
-        "--moe-router-bias-update-rate above 0 moves the router's expert bias, which is part of the frozen base: it is "
-        "in no checkpoint of adapters and the reference drifts with it; set --moe-router-bias-update-rate 0",
+        "--moe-router-bias-update-rate above 0 moves the router's expert bias, which is part of the frozen base: it "
+        "is in no checkpoint of adapters and the reference drifts with it; set --moe-router-bias-update-rate 0",
     ),
     Refusal(
         "delta sync from an adapter",
@@ -221,14 +221,14 @@ TRAINING = (
     Refusal(
         "shared experts' overlap",
         lambda launch: launch.given("moe_shared_expert_overlap") and launch.shared,
-        "--moe-shared-expert-overlap takes the shared experts' linears apart, past their adapters; drop it, or exclude "
-        "them with --lora-exclude-modules shared_experts.linear_fc1 shared_experts.linear_fc2",
+        "--moe-shared-expert-overlap takes the shared experts' linears apart, past their adapters; drop it, or "
+        "exclude them with --lora-exclude-modules shared_experts.linear_fc1 shared_experts.linear_fc2",
     ),
     Refusal(
         "linear attention over context parallelism",
         lambda launch: (launch.given("context_parallel_size") or 1) > 1 and _linear_attention(launch),
-        "--context-parallel-size above 1 on a base with linear attention: slime's gather drops the gradients that cross "
-        "chunks, and every adapter below such a layer trains on wrong ones; use --context-parallel-size 1",
+        "--context-parallel-size above 1 on a base with linear attention: slime's gather drops the gradients that "
+        "cross chunks, and every adapter below such a layer trains on wrong ones; use --context-parallel-size 1",
     ),
     Refusal(
         "deepgemm",
@@ -276,6 +276,12 @@ def _mla_down(launch: Launch) -> set[str]:
 
 
 ADAPTER_SYNC = (
+    Refusal(
+        "SGLang without plugins",
+        lambda launch: launch.sglang is not None and launch.sglang < Version("0.5.12"),
+        "--lora-sync adapter needs SGLang 0.5.12 or newer: older ones load no server plugins, and without "
+        "slime-lora's a request that names no adapter gets the base in silence; use --lora-sync merged",
+    ),
     Refusal(
         "delta",
         lambda launch: launch.given("update_weight_mode") == "delta",
@@ -349,7 +355,8 @@ ADAPTER_SYNC = (
     Refusal(
         "up without gate",
         _up_without_gate,
-        "SGLang stacks gate and up and takes no adapter of up_proj alone; target linear_fc1, or use --lora-sync merged",
+        "SGLang stacks gate and up and takes no adapter of up_proj alone; target linear_fc1, or use --lora-sync "
+        "merged",
     ),
     Refusal(
         "part of the latent down-projections",

@@ -91,9 +91,9 @@ def prove(engines: list, name: str, timeout: float) -> None:
             answer_of(f"engine {i} of {len(asked)}, generate with lora_path {BASE}", answer, timeout)
         except RuntimeError as error:
             raise RuntimeError(
-                f"{error}; the engine has not loaded slime-lora's server plugin, without which a request that names no "
-                "adapter gets the base in silence: install slime-lora where the engine runs, leave SGLANG_PLUGINS unset "
-                "or with slime_lora in it, and start external engines with --weight-version slime-lora"
+                f"{error}; the engine has not loaded slime-lora's server plugin, without which a request that names "
+                "no adapter gets the base in silence: install slime-lora where the engine runs, leave SGLANG_PLUGINS "
+                "unset or with slime_lora in it, and start external engines with --weight-version slime-lora"
             ) from None
 
 

@@ -13,11 +13,16 @@ from slime_plugins.lora.slime.hooks.refusals import Launch, adapted_linears, ver
 
 SGLANG_LORAS_PER_BATCH = 8
 """SGLang's default for --max-loras-per-batch: GPU memory for that many adapters."""
-SERVING = (
-    "enable_lora", "max_lora_rank", "lora_target_modules", "max_loras_per_batch", "weight_version",
-    "enable_weights_cpu_backup", "disable_shared_experts_fusion",
-)  # fmt: skip
-"""SGLang's arguments that adapter sync sets, for the engines of the trained model alone."""
+SERVING = {
+    "enable_lora": None,
+    "max_lora_rank": None,
+    "lora_target_modules": None,
+    "max_loras_per_batch": SGLANG_LORAS_PER_BATCH,
+    "weight_version": "default",
+    "enable_weights_cpu_backup": False,
+    "disable_shared_experts_fusion": False,
+}
+"""SGLang's arguments that adapter sync sets, for the engines of the trained model alone, with SGLang's defaults."""
 
 
 def serve_adapters(args: Namespace) -> None:
@@ -63,9 +68,9 @@ def _set_shared_experts(args: Namespace) -> None:
             args.sglang_disable_shared_experts_fusion = True
         elif launch.shared:
             raise UsageError(
-                "--lora-sync adapter with adapted shared experts needs an SGLang with --disable-shared-experts-fusion; "
-                "exclude them (--lora-exclude-modules shared_experts.linear_fc1 shared_experts.linear_fc2), or use "
-                "--lora-sync merged"
+                "--lora-sync adapter with adapted shared experts needs an SGLang with "
+                "--disable-shared-experts-fusion; exclude them (--lora-exclude-modules shared_experts.linear_fc1 "
+                "shared_experts.linear_fc2), or use --lora-sync merged"
             )
 
 

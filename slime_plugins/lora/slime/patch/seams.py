@@ -119,6 +119,16 @@ SEAMS = (
         ),
     ),
     Seam(
+        "engines of other models",
+        (
+            (
+                "slime/backends/sglang_utils/sglang_config.py",
+                Decorate("ModelConfig.resolve", "serving", ("args",)),
+            ),
+        ),
+        optional=True,
+    ),
+    Seam(
         "requests of the streaming rollout",
         (
             (

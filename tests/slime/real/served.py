@@ -1,0 +1,53 @@
+"""A plugin for the CPU harness (``--plugin served``): its recording engine behaves as one with our server plugin.
+
+The hook itself runs against SGLang's own code in tests/contracts; here it is the recording server's requests that go
+through it. Adapters that come as files are copied beside the others, so that a test sees what was served.
+"""
+
+import os
+import shutil
+import types
+from pathlib import Path
+
+import slime_cpu_hooks
+
+
+def serve(module):
+    from slime_plugins.lora.server import sglang_plugin
+
+    engine, refused = module._Engine, module._Refused
+    start, generate, load, files = engine.__init__, engine.generate, engine._loaded, engine.load_lora_adapter
+
+    def started(self, server_args):
+        start(self, server_args)
+        version = "slime-lora" if getattr(server_args, "enable_lora", False) else "default"
+        sglang_plugin.started(None, self, types.SimpleNamespace(weight_version=version))
+        self.lora_registry = types.SimpleNamespace(get_all_adapters=lambda: self.adapters)
+
+    def loaded(self, name, where):
+        self.slime_lora_current = name if self.slime_lora else None
+        return load(self, name, where)
+
+    def from_files(self, payload):
+        answer = files(self, payload)
+        file = Path(payload["lora_path"]) / "adapter_model.safetensors"
+        shutil.copyfile(file, self.dir / f"lora_{payload['lora_name']}.safetensors")
+        return answer
+
+    def generated(self, payload):
+        if self.slime_lora:
+            try:
+                name = sglang_plugin._name_for(self, payload.get("lora_path"))
+            except ValueError as error:
+                raise refused(str(error)) from None
+            payload = {**payload, "lora_path": name}
+        if payload["sampling_params"].get("max_new_tokens") != 1:
+            with (self.dir / "served.txt").open("a") as file:
+                file.write(f"{payload['lora_path']}\n")
+        return generate(self, payload)
+
+    engine.__init__, engine._loaded, engine.generate, engine.load_lora_adapter = started, loaded, generated, from_files
+
+
+if os.environ.get("SLIME_LORA_NO_SERVER_PLUGIN") is None:
+    slime_cpu_hooks.after("sglang.srt.entrypoints.http_server", serve)
