@@ -108,7 +108,8 @@ def write_shards(directory: Path, rank: int, shards: Sequence[Shard]) -> tuple[l
     writer = FileSystemWriter(directory, sync_files=True)
     plan = writer.prepare_global_plan([SavePlan([])] * rank + [SavePlan(items)])[rank]
     with naming(directory):
-        results = writer.write_data(plan, _ShardPlanner(data)).wait()
+        planner: Any = _ShardPlanner(data)
+        results = writer.write_data(plan, planner).wait()
     return results, _entries(directory, shards, results)
 
 
