@@ -28,6 +28,8 @@ class ModelState:
     """checkpoint.save: the asynchronous save that has not been published."""
     fingerprint: Any = None
     """checkpoint.model: of the base, with what tells whether the base has changed since."""
+    compared: Any = None
+    """checkpoint.model: the directory that the base was compared with last, and what differed."""
     base_source: str | None = None
     """slime.hooks: where the base was loaded from."""
     last_sync: Any = None

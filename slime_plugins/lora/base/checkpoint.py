@@ -54,6 +54,11 @@ class BaseCheckpoint:
         return base if isinstance(base, BaseCheckpoint) else cls(base)
 
     @property
+    def files(self) -> list[Path]:
+        """The files that hold weights."""
+        return list(dict.fromkeys(weight.file for weight in self.weights.values()))
+
+    @property
     def text_config(self) -> dict[str, Any]:
         """The language model's part of ``config.json``: ``text_config`` where there is one."""
         return self.config.get("text_config") or self.config

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slime_plugins.lora.base.checkpoint import MERGEABLE, BaseCheckpoint
-from slime_plugins.lora.base.sums import added, checksum, digits, sums_of
+from slime_plugins.lora.base.sums import Sums, added, checksum, digits, sums_of
 
 __all__ = [
     "added", "architecture_of_hf", "architecture_of_model", "checksum", "differences", "digits", "dtype_of_hf",
@@ -69,15 +69,18 @@ def architecture_of_model(config) -> dict[str, Any]:
     return found
 
 
-def fingerprint_of_hf(base: BaseCheckpoint, dtype: str, layers: Sequence[int]) -> dict[str, Any]:
+def fingerprint_of_hf(
+    base: BaseCheckpoint, dtype: str, layers: Sequence[int], sums: Mapping[str, Sums] | None = None
+) -> dict[str, Any]:
     """Fingerprint of a Hugging Face checkpoint as a model in ``dtype`` has it.
 
-    Every file is read once, the first time (see ``sums``). ``layers``: those whose matrices are wanted.
+    Every file is read once, the first time (see ``sums``). ``layers``: those whose matrices are wanted. ``sums``: of
+    all weights, for a caller who has them.
 
     Raises:
         ValueError: a matrix in them is not held in 16, 32 or 64 bits, or a config that is not one.
     """
-    sums = sums_of(base, dtype)
+    sums = sums_of(base, dtype) if sums is None else sums
     matrices: dict[int, list[str]] = {n: [] for n in layers}
     rest: dict[str, list[str]] = defaultdict(list)
     outside = _outside(base)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +38,12 @@ class Sums:
 
 @lru_cache(maxsize=4)
 def sums_of(base: BaseCheckpoint, dtype: str) -> dict[str, Sums]:
-    """Sums of every weight of a base, read file by file, or remembered.
+    """Sums of every weight of a base, read file by file, or remembered. As ``sums_of_files`` of all its files."""
+    return sums_of_files(base, dtype, base.files)
+
+
+def sums_of_files(base: BaseCheckpoint, dtype: str, files: Sequence[Path]) -> dict[str, Sums]:
+    """Sums of the weights that some files of a base hold.
 
     Args:
         dtype: torch's name of the dtype that values are rounded to before their checksum.
@@ -45,7 +51,7 @@ def sums_of(base: BaseCheckpoint, dtype: str) -> dict[str, Sums]:
         ValueError, OSError: a file changed while it was read.
     """
     found: dict[str, Sums] = {}
-    for path in dict.fromkeys(weight.file for weight in base.weights.values()):
+    for path in files:
         weights = {name: weight for name, weight in base.weights.items() if weight.file == path}
         note = FileNote(path, f"sums {dtype}")
         known = _believed(note.read(), weights)

@@ -109,7 +109,7 @@ def stage(root: str | os.PathLike, step: int | None) -> Path:
 
 def publish(staged: Path) -> Path:
     """Give a staged, complete checkpoint its name, then point ``latest`` to it. Returns the new place."""
-    name = re.fullmatch(r"\.(\w+)\.tmp-\w+", staged.name)[1]
+    name = staged.name.removeprefix(".").partition(".")[0]
     root = staged.parent
     target, old = root / name, root / f".{name}.old"
     flush_tree(staged)

@@ -46,7 +46,8 @@ class Manifest:
         Data files are covered record by record in ``tensors.json``.
         """
         names = sorted(p.name for p in directory.iterdir() if p.suffix != ".distcp" and p.name != ADAPTER_JSON)
-        content = {
+        sums = {name: file_digest(directory / name) for name in names}
+        content: dict[str, Any] = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "slime_lora_version": __version__,
@@ -56,9 +57,9 @@ class Manifest:
             "base": dict(self.base),
             "optimizer": self.optimizer,
             "parallelism": dict(self.parallelism),
-            "sha256": {name: file_digest(directory / name) for name in names},
+            "sha256": sums,
         }
-        content["sha256"]["this file"] = _self_digest(content)
+        content["sha256"] = {**sums, "this file": _self_digest(content)}
         (directory / ADAPTER_JSON).write_text(_text(content), encoding="utf-8")
 
     @classmethod
@@ -98,10 +99,10 @@ class Manifest:
     @classmethod
     def _of(cls, content: Mapping[str, Any]) -> Manifest:
         """Raises ValueError, KeyError, TypeError, AttributeError for what was not written here."""
-        adapters = {
-            name: Adapter(**{key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()})
-            for name, entry in content["adapters"].items()
-        }
+        adapters: dict[str, Adapter] = {}
+        for name, entry in content["adapters"].items():
+            fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()}
+            adapters[name] = Adapter(**fields)
         for name, adapter in adapters.items():
             known = {full.rpartition(".")[2] for full in hf_names(name)}
             same = len(adapter.projections) == len(adapter.ranks) == len(adapter.scalings) > 0

@@ -17,11 +17,13 @@ from megatron.core.utils import get_model_config
 from slime_plugins.lora.adapters import base_parameters, iter_adapters, iter_carriers, state_of
 from slime_plugins.lora.base import fingerprint
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+from slime_plugins.lora.base.sums import sums_of_files
 from slime_plugins.lora.checkpoint.storage import Shard, TensorReader
+from slime_plugins.lora.files.regular import identity
 from slime_plugins.lora.layers import frozen_of
 from slime_plugins.lora.layers.pieces import Piece, Placement
 from slime_plugins.lora.names import in_experts, is_adapter
-from slime_plugins.lora.parallel import all_gather, chunks_of, on_rank_0
+from slime_plugins.lora.parallel import all_gather, chunks_of, everywhere, on_rank_0, rank
 from slime_plugins.lora.projections import Adapter
 
 _LAYER = re.compile(r"(?:module\.)*decoder\.layers\.\d+")
@@ -248,20 +250,24 @@ def parallelism() -> dict[str, int]:
 def other_base(model, hf_checkpoint: str | os.PathLike) -> list[str]:
     """What tells the base of a model from that of a Hugging Face directory; [] if nothing that both sides know does.
 
-    Every file of the directory is read once, the first time. A quantised directory is not comparable: [].
+    Every file of the directory is read once, the first time, each by one rank. A quantised directory is not
+    comparable: [].
 
     Collectives:
-        those of ``fingerprint_of_model``, one broadcast_object_list.
+        those of ``fingerprint_of_model``, a broadcast_object_list, some all_gather_object over the world.
     Raises:
         UsageError, ValueError, OSError: on every rank, a directory that is none, or is damaged.
     """
-    ours = fingerprint_of_model(model)
-
-    def compare() -> list[str]:
-        checkpoint = BaseCheckpoint(hf_checkpoint)
-        if checkpoint.config.get("quantization_config") is not None:
-            return []
+    ours, state = fingerprint_of_model(model), state_of(model)
+    base = everywhere(lambda: BaseCheckpoint(hf_checkpoint))
+    if base.config.get("quantization_config") is not None:
+        return []
+    about = on_rank_0(lambda: (ours, [(str(path), identity(os.stat(path))) for path in base.files]))
+    if state.compared is None or state.compared[0] != about:
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        mine = everywhere(lambda: sums_of_files(base, ours["dtype"], base.files[rank() :: world]))
+        sums = {name: found for part in all_gather(mine) for name, found in part.items()}
         layers = [int(number) for number in ours["layers"]]
-        return fingerprint.differences(fingerprint.fingerprint_of_hf(checkpoint, ours["dtype"], layers), ours)
-
-    return on_rank_0(compare)
+        theirs = everywhere(lambda: fingerprint.fingerprint_of_hf(base, ours["dtype"], layers, sums))
+        state.compared = about, fingerprint.differences(theirs, ours)
+    return state.compared[1]

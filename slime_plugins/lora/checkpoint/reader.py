@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
+
+import torch
 
 from slime_plugins.lora.base import fingerprint as base
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
@@ -31,11 +34,14 @@ class AdapterCheckpoint:
         """Every adapted projection whole, in layer order, read one at a time."""
         for name, adapter in self.manifest.adapters.items():
             try:
-                yield from adapter.whole(name, lambda key, name=name: self._reader.read(f"{name}.{key}"))
+                yield from adapter.whole(name, partial(self._read, name))
             except KeyError as error:
                 raise ValueError(f"{self.path} has no tensor {error}") from None
             except ValueError as error:
                 raise ValueError(f"{self.path}: {error}") from None
+
+    def _read(self, linear: str, key: str) -> torch.Tensor:
+        return self._reader.read(f"{linear}.{key}")
 
     def check_base(self, checkpoint: BaseCheckpoint) -> str:
         """Raise ValueError for another base: other sizes or weights, in anything that the checkpoint knows of it.

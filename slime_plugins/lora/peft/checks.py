@@ -88,8 +88,7 @@ def config_problems(config: Mapping[str, Any]) -> list[Problem]:
         wrong("layers_to_transform", "a layer's number, or a list of them")
     for field, valid in (("rank_pattern", _whole), ("alpha_pattern", _number)):
         patterns = config.get(field) or {}
-        entries = patterns.items() if isinstance(patterns, Mapping) else [(None, None)]
-        if not all(isinstance(name, str) and valid(value) and value > 0 for name, value in entries):
+        if not isinstance(patterns, Mapping) or not all(valid(value) and value > 0 for value in patterns.values()):
             wrong(field, "module names with a number above 0 each")
         elif reason := next(filter(None, map(_unfit, patterns)), None):
             wrong(field, f"regular expressions on module names: {reason}")

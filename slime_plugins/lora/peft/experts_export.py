@@ -33,7 +33,7 @@ def for_experts(config: dict, tensors: Tensors, base: BaseCheckpoint, moe_format
     del num_experts[None]
     if not num_experts:
         return config, tensors
-    modules = [module for module, half in map(parse_key, tensors) if half == "A"]
+    modules = [parsed[0] for parsed in map(parse_key, tensors) if parsed and parsed[1] == "A"]
     adapts_experts = any(map(experts_of, modules))
     if adapts_experts and moe_format == "fused":
         return _fused(config, tensors, base, num_experts)
@@ -45,7 +45,7 @@ def for_experts(config: dict, tensors: Tensors, base: BaseCheckpoint, moe_format
 
 
 def _fused(config: dict, tensors: Tensors, base: BaseCheckpoint, num_experts: Counter) -> tuple[dict, Tensors]:
-    modules = [module for module, half in map(parse_key, tensors) if half == "A"]
+    modules = [parsed[0] for parsed in map(parse_key, tensors) if parsed and parsed[1] == "A"]
     pairs = {m: (tensors[key_of(m, "A")], tensors[key_of(m, "B")]) for m in modules}
     stacked, ranks = stack(pairs, num_experts.__getitem__)
     adapted = {f"{experts_of(m)}.{PARAMETER_OF[m.rpartition('.')[2]]}" for m in modules if experts_of(m)}

@@ -30,7 +30,8 @@ STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)
 PARAMETER_OF = {leaf: parameter for parameter, leaves in STACKED.items() for leaf in leaves}
 
 _ONE_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<leaf>\w+)")
-_OF_STACK = re.compile(r"(?P<experts>.+\.experts)(?P<inner>\.base_layer)?")
+INNER = ".base_layer"
+_OF_STACK = re.compile(r".+\.experts(?:\.base_layer)?")
 WEIGHT = ".weight"
 """End of a ``target_parameters`` entry that is a linear after all; its keys in the file are those of a module."""
 
@@ -56,8 +57,10 @@ def stack(pairs: Mapping[str, Pair], num_experts: Callable[[str], int]) -> tuple
     """
     stacked = {name: pair for name, pair in pairs.items() if experts_of(name) is None}
     layers: dict[str, dict[str, dict[int, Pair]]] = defaultdict(lambda: defaultdict(dict))
-    for name in pairs.keys() - stacked.keys():
+    for name in pairs:
         match = _ONE_EXPERT.fullmatch(name)
+        if match is None:
+            continue
         layers[match["experts"]][match["leaf"]][int(match["number"])] = pairs[name]
     for experts, projections in layers.items():
         for leaf, found in projections.items():
@@ -85,13 +88,14 @@ def _same_A(projections: Mapping[str, Mapping[int, Pair]]) -> bool:
 
 def _stack_one(projections: Mapping[str, Mapping[int, Pair] | None], shared: bool) -> Pair:
     """A [E, R, in] and B [E, out, R] of one parameter. A projection without an adapter gets rows of zeros."""
-    found = [leaf for leaf, pairs in projections.items() if pairs is not None]
-    As = {leaf: torch.stack([projections[leaf][i][0] for i in sorted(projections[leaf])]) for leaf in found}
-    Bs = {leaf: torch.stack([projections[leaf][i][1] for i in sorted(projections[leaf])]) for leaf in found}
-    zeros = torch.zeros_like(Bs[found[0]])
+    found = {leaf: [pairs[i] for i in sorted(pairs)] for leaf, pairs in projections.items() if pairs is not None}
+    first = next(iter(found))
+    As = {leaf: torch.stack([A for A, _ in pairs]) for leaf, pairs in found.items()}
+    Bs = {leaf: torch.stack([B for _, B in pairs]) for leaf, pairs in found.items()}
+    zeros = torch.zeros_like(Bs[first])
     rows = [Bs.get(leaf, zeros) for leaf in projections]
     if shared or len(projections) == 1:
-        return As[found[0]], torch.cat(rows, 1)
+        return As[first], torch.cat(rows, 1)
     return torch.cat([As[leaf] for leaf in projections], 1), torch.stack(
         [torch.block_diag(*(B[i] for B in rows)) for i in range(len(rows[0]))]
     )
@@ -127,7 +131,7 @@ class PerExpert(Mapping[str, torch.Tensor]):
     def __init__(self, tensors: Mapping[str, torch.Tensor], slices: Mapping[str, _Slice]) -> None:
         self._tensors = tensors
         fused = {key_of(s.module, half) for s in slices.values() for half in "AB"}
-        self._keys = {key: None for key in tensors if key not in fused}
+        self._keys: dict[str, tuple[_Slice, str] | None] = {key: None for key in tensors if key not in fused}
         self._keys |= {key_of(name, half): (s, half) for name, s in slices.items() for half in "AB"}
         self._load = lru_cache(maxsize=2)(self._read)
 
@@ -138,9 +142,10 @@ class PerExpert(Mapping[str, torch.Tensor]):
 
     def load(self, key: str) -> tuple[torch.Tensor, str | None]:
         """As ``AdapterTensors.load``: the tensor, and the reason not to use it, if there is one."""
-        if self._keys[key] is None:
+        found = self._keys[key]
+        if found is None:
             return self._read(key)
-        place, half = self._keys[key]
+        place, half = found
         tensor, fault = self._load(key_of(place.module, half))
         return getattr(place, half)(tensor), fault
 
@@ -183,7 +188,7 @@ def per_expert(
     for module, parameter, num_experts, rank in stacks:
         leaves = STACKED[parameter]
         parts = len(leaves) if halved and len(leaves) > 1 else 1
-        experts = _OF_STACK.fullmatch(module)["experts"]
+        experts = module.removesuffix(INNER)
         scaling = module_alpha(config, f"{experts}.{parameter}")
         scaling /= math.sqrt(rank) if config.get("use_rslora") else rank
         own = rank // parts
@@ -210,10 +215,11 @@ def _stacks(config, tensors, fused: list[str]) -> Iterator[tuple[str, str, int, 
     modules = {parsed[0] for parsed in map(parse_key, tensors) if parsed and _OF_STACK.fullmatch(parsed[0])}
     known = {p.rpartition(".")[2] for p in fused}
     for module in sorted(modules):
-        match = _OF_STACK.fullmatch(module)
-        with_inner = f"{match['experts']}.base_layer" in modules
-        parameter = "gate_up_proj" if match["inner"] or (not with_inner and "gate_up_proj" in known) else "down_proj"
-        rank = module_rank(config, f"{match['experts']}.{parameter}")
+        experts = module.removesuffix(INNER)
+        alone = f"{experts}{INNER}" not in modules
+        gate_up = module.endswith(INNER) or (alone and "gate_up_proj" in known)
+        parameter = "gate_up_proj" if gate_up else "down_proj"
+        rank = module_rank(config, f"{experts}.{parameter}")
         for key in (key_of(module, "A"), key_of(module, "B")):
             if key not in tensors or tensors[key].ndim != 2 or not tensors[key].numel():
                 raise ValueError(f"{key} is missing or holds no matrix: fused experts need lora_A and lora_B")

@@ -69,7 +69,7 @@ def to_peft(
 
 
 def flat_config(
-    *, base_model: str, target_modules: list[str], rank: int, alpha: float, dropout: float = 0.0
+    *, base_model: str | None, target_modules: list[str], rank: int, alpha: float, dropout: float = 0.0
 ) -> dict[str, Any]:
     """The flat ``adapter_config.json`` that PEFT, transformers, vLLM and SGLang read alike.
 

@@ -31,6 +31,8 @@ class PeftAdapter:
 
     def __init__(self, adapter_dir: str | os.PathLike, base: BaseCheckpoint | None = None):
         self.directory, self._base = Path(adapter_dir), base
+        self.config: Mapping[str, Any]
+        self._tensors: Any  # AdapterTensors, or its like that takes stacked experts apart
         self.config, self._tensors = read_adapter(adapter_dir)
         problems = config_problems(self.config)
         if not problems:
@@ -39,7 +41,8 @@ class PeftAdapter:
         if problems:
             raise ValueError(f"{adapter_dir}: {problems[0]}: it cannot be imported")
         if self.config.get("modules_to_save"):
-            names = ", ".join(self.config["modules_to_save"])
+            names = self.config["modules_to_save"]
+            names = names if isinstance(names, str) else ", ".join(names)
             raise ValueError(f"{adapter_dir}: it cannot be imported: modules_to_save holds whole modules ({names})")
         self._keys: dict[str, dict[str, str]] = defaultdict(dict)
         for key in self._tensors:
@@ -166,7 +169,7 @@ def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _targets(source: PeftAdapter) -> tuple[str, ...]:
     """``target_modules`` that select the file's modules, as short as the file says it."""
     config = source.config
-    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or ()
+    targets, excluded = config.get("target_modules") or (), config.get("exclude_modules") or ()
     if config.get("layers_to_transform") not in (None, []) or isinstance(excluded, str):
         return tuple(map(source.canonical, source.modules))
     if targets == "all-linear" and not excluded:

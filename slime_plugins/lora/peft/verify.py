@@ -92,6 +92,8 @@ def verify_adapter(
     base = BaseCheckpoint(hf_checkpoint) if hf_checkpoint is not None else None
     report = Report(adapter=str(adapter_dir), checked_against=str(hf_checkpoint) if base else None)
 
+    config: Mapping[str, Any] | None
+    tensors: Any  # AdapterTensors, or its like that takes stacked experts apart
     config, tensors = _open(adapter_dir, report)
     if config is not None:
         report.base, report.target_modules = config.get("base_model_name_or_path"), config.get("target_modules")

@@ -274,7 +274,7 @@ def base_checksum(chunks) -> str:
     digest = hashlib.sha256()
     for name, param in base_parameters(chunks):
         digest.update(name.encode())
-        digest.update(memoryview(param.detach().cpu().contiguous().view(torch.uint8).numpy()))
+        digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -84,16 +84,17 @@ def convert_zero(
     tensors = _Adapter(checkpoint, lora, dtype)
     config, config_from = _config(Path(checkpoint_dir), checkpoint, tensors, adapter, alpha, base_model)
     base = _local_base(base_model)
-    report = None
+    reports: list[Report] = []
 
     def judge(written: Path) -> None:
-        nonlocal report
         report = verify_adapter(written, base.directory if base else None)
         if not report.ok:
             more = f" (and {len(report.problems) - 1} more)" if len(report.problems) > 1 else ""
             raise ValueError(f"not written, the result is not a good adapter: {report.problems[0].message}{more}")
+        reports.append(report)
 
     write_adapter(out_dir, config, tensors, base=base, inspect=judge)
+    report = reports[-1]
     report.adapter = str(out_dir)
     saved = _save_extra(Path(extra), checkpoint, others) if extra and others else None
     return Conversion(
@@ -230,7 +231,8 @@ def _save_extra(path: Path, checkpoint: ZeroCheckpoint, names: list[str]) -> str
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name in names:
-        plain = _MODULE_TO_SAVE.sub(".", _WRAPPED.fullmatch(name)[1])
+        match = _WRAPPED.fullmatch(name)
+        plain = _MODULE_TO_SAVE.sub(".", match[1] if match else name)
         tensors[name if plain in tensors else plain] = checkpoint[name].clone()
     unfinished = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:

@@ -112,11 +112,12 @@ class ZeroCheckpoint(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         place, weight = self._places[name], self.weights.get(name)
-        whole = weight is not None and tuple(weight.shape) == tuple(self.shape(name)) and weight.numel() > 0
         if place is None:
-            return self._model.checked(weight)
+            return self._model.checked(self.weights[name])
         master = place.read()
-        if whole and not _same_bits(master.to(weight.dtype), self._model.checked(weight)):
+        if weight is None or tuple(weight.shape) != tuple(place.shape) or not weight.numel():
+            return master
+        if not _same_bits(master.to(weight.dtype), self._model.checked(weight)):
             raise ValueError(
                 f"{name}: the fp32 master in the optimizer files, rounded to {_short(weight.dtype)}, is not the "
                 f"weight in {self._model.path}: files of different runs or steps are mixed"
@@ -186,17 +187,18 @@ def _files(directory: Path) -> tuple[list[Path], list[Path]]:
         model, optim = _MODEL.fullmatch(path.name), _OPTIM.fullmatch(path.name)
         if _EXPERT.fullmatch(path.name):
             raise ValueError(f"{path}: expert-parallel DeepSpeed checkpoints are not supported")
-        if not model and not optim:
+        match = model or optim
+        if match is None:
             raise ValueError(f"{path}: not a file that DeepSpeed ZeRO writes")
-        if int(model[2] if model else optim[3]):
+        if int(match[2] if model else match[3]):
             raise ValueError(
                 f"{path}: DeepSpeed checkpoints with model parallelism (mp_rank above 0) are not supported"
             )
-        kinds.add(("model", model[1] is None) if model else ("optim", optim[1]))
+        kinds.add(("model", match[1] is None) if model else ("optim", match[1]))
         if model:
-            models[int(model[1] or 0)] = path
+            models[int(match[1] or 0)] = path
         else:
-            optims[int(optim[2])] = path
+            optims[int(match[2])] = path
     for kind, example in (("model", models), ("optim", optims)):
         if sum(name == kind for name, _ in kinds) > 1:
             raise ValueError(
