@@ -41,9 +41,6 @@ def serve(module):
             except ValueError as error:
                 raise refused(str(error)) from None
             payload = {**payload, "lora_path": name}
-        if payload["sampling_params"].get("max_new_tokens") != 1:
-            with (self.dir / "served.txt").open("a") as file:
-                file.write(f"{payload['lora_path']}\n")
         return generate(self, payload)
 
     engine.__init__, engine._loaded, engine.generate, engine.load_lora_adapter = started, loaded, generated, from_files

@@ -259,6 +259,13 @@ def _version_below(launch: Launch, number: str) -> bool:
     return launch.sglang is None or launch.sglang < Version(number)
 
 
+def _speculates_without_adapters(launch: Launch) -> bool:
+    known = [None, "NGRAM"]
+    if not _version_below(launch, "0.5.23"):
+        known += ["EAGLE", "EAGLE3", "NEXTN", "DFLASH", "DSPARK"]
+    return launch.given("sglang_speculative_algorithm") not in known
+
+
 def _leaves(launch: Launch, path: str) -> set[str]:
     return launch.adapted.get(path, set())
 
@@ -311,8 +318,10 @@ ADAPTER_SYNC = (
     ),
     Refusal(
         "speculative decoding",
-        lambda launch: launch.given("sglang_speculative_algorithm") not in (None, "NGRAM"),
-        "--sglang-speculative-algorithm: SGLang serves adapters with NGRAM alone; drop it, or use --lora-sync merged",
+        _speculates_without_adapters,
+        "--sglang-speculative-algorithm: this SGLang serves adapters with NGRAM alone (0.5.23 and newer with EAGLE, "
+        "EAGLE3, NEXTN, DFLASH and DSPARK too, whose drafts stay those of the base); drop it, or use --lora-sync "
+        "merged",
     ),
     Refusal(
         "tokenizer workers",
