@@ -45,6 +45,13 @@ def ray(monkeypatch):
     return ray
 
 
+@pytest.fixture(autouse=True)
+def engines_end_with_their_test():
+    yield
+    while Engine.running:
+        Engine.running.pop().close()
+
+
 @pytest.fixture
 def engine(version, hf_dir, ray):
     return Engine(version, hf_dir, TARGETS, serving_cases.RANK)

@@ -86,7 +86,9 @@ class AdapterUpdater:
         problem = None
         if dist.get_rank() == 0:
             try:
-                config, tensors = to_peft(projections, self.args.hf_checkpoint, dropout=config_of(self.model).dropout)
+                config, tensors = to_peft(
+                    projections or [], self.args.hf_checkpoint, dropout=config_of(self.model).dropout
+                )
                 size = sum(t.numel() * t.element_size() for t in tensors.values())
                 self._load(f"{PREFIX}{self._run}-v{self.weight_version:06d}", config, tensors)
                 merged_sync.count_bytes(size)
