@@ -269,6 +269,16 @@ def test_an_engine_that_has_restarted_gets_the_adapter_with_the_next_sync(engine
     assert again.served[-1] == second
 
 
+def test_a_version_that_an_engine_has_lost_is_gone_already(engine, version, hf_dir):
+    """An external engine that has come back under the same address."""
+    updater = updater_of([engine], hf_dir, version)
+    first = sync(updater, hf_dir)
+    sync(updater, hf_dir)
+    engine.request("unload_lora_adapter", {"lora_name": first}).result(10)
+    third = sync(updater, hf_dir)
+    assert third in engine.manager.lora_registry.get_all_adapters()
+
+
 def test_bodies_have_the_fields_of_the_request_classes(version, hf_dir):
     """Each with no more and no less than SGLang's class knows; its framework validates them."""
     classes = request_classes(wheel_of(version))
