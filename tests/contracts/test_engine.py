@@ -45,6 +45,13 @@ def ray(monkeypatch):
     return ray
 
 
+@pytest.fixture(autouse=True)
+def engines_end_with_their_test():
+    yield
+    while Engine.running:
+        Engine.running.pop().close()
+
+
 @pytest.fixture
 def engine(version, hf_dir, ray):
     return Engine(version, hf_dir, TARGETS, serving_cases.RANK)
@@ -260,6 +267,16 @@ def test_an_engine_that_has_restarted_gets_the_adapter_with_the_next_sync(engine
     second = sync(updater, hf_dir)
     again.generate().result(10)
     assert again.served[-1] == second
+
+
+def test_a_version_that_an_engine_has_lost_is_gone_already(engine, version, hf_dir):
+    """An external engine that has come back under the same address."""
+    updater = updater_of([engine], hf_dir, version)
+    first = sync(updater, hf_dir)
+    sync(updater, hf_dir)
+    engine.request("unload_lora_adapter", {"lora_name": first}).result(10)
+    third = sync(updater, hf_dir)
+    assert third in engine.manager.lora_registry.get_all_adapters()
 
 
 def test_bodies_have_the_fields_of_the_request_classes(version, hf_dir):

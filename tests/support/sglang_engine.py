@@ -47,6 +47,8 @@ class HTTPError(Exception):
 class Engine:
     """One engine; ``_make_request.remote(endpoint, payload)`` as on slime's actor, its answer a future."""
 
+    running: typing.ClassVar[list[Engine]] = []
+
     def __init__(
         self, version: str, hf_dir: Path, target_modules: list[str], max_rank: int, *, plugin=True, marked=True
     ) -> None:
@@ -63,7 +65,9 @@ class Engine:
         """The endpoint that answers with HTTP 500."""
         self._make_request = types.SimpleNamespace(remote=self.request)
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        Engine.running.append(self)
         self._version = version
         self._reqs = request_classes(self.worker.wheel)
         with installed(self, plugin):
@@ -72,6 +76,11 @@ class Engine:
                 max_loaded_loras=None, lora_paths=None, language_only=False,
             )  # fmt: skip
             self.manager = self._run(self._started(arguments))
+
+    def close(self) -> None:
+        """End it, with whatever it was about to answer."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
 
     async def _started(self, arguments: Quiet) -> Any:
         return self.manager_class(arguments, self)

@@ -109,8 +109,9 @@ def _seams(slime_dir: str) -> Iterator[Finding]:
         yield Finding("WRONG", "checkout", f"not patched; slime-lora patch apply --slime {slime_dir}")
     elif not made.applied:
         yield Finding("WRONG", "checkout", f"edits of another version; slime-lora patch apply --slime {slime_dir}")
-    elif plugin.state(made.root) == "absent":
-        yield Finding("WRONG", "checkout", f"no slime_plugins/lora in it; slime-lora patch apply --slime {slime_dir}")
+    elif (state := plugin.state(made.root)) not in ("link", "copy", "running"):
+        text = f"slime_plugins/lora in it is {state}; slime-lora patch apply --slime {slime_dir}"
+        yield Finding("WRONG", "checkout", text)
     else:
         yield Finding("ok", "checkout", f"every seam is there and edited: {made.root}")
 

@@ -43,6 +43,19 @@ def test_apply_and_revert_leave_nothing_behind(slime, copy):
     assert git(slime, "status", "--porcelain", "--ignored") == ""
 
 
+def test_the_doctor_sees_what_is_there(slime, capsys):
+    from slime_plugins.lora import cli
+
+    assert cli.main(["doctor", "--slime", str(slime)]) == 1
+    assert "not patched; slime-lora patch apply" in capsys.readouterr().out
+    checkout.apply(checkout.plan(slime))
+    cli.main(["doctor", "--slime", str(slime)])
+    assert "ok       checkout" in capsys.readouterr().out
+    (slime / "slime_plugins" / "lora").unlink()
+    assert cli.main(["doctor", "--slime", str(slime)]) == 1
+    assert "is absent" in capsys.readouterr().out
+
+
 def test_the_patch_is_the_edit(version, slime):
     text = (PATCHES / f"{version}.patch").read_text()
     assert text == rendered(version, slime), "make it anew: python tests/slime/real/test_patch_versions.py"

@@ -109,8 +109,8 @@ class AdapterUpdater:
         """Unload what no request may name any more, load this. ``tensors`` is emptied on the way."""
         while len(self._loaded) >= versions_kept(self.args):
             old, engines = self._loaded.pop(0)
-            # An engine that has been restarted since does not have it; one that has left is nobody's business.
-            self._ask("unload_lora_adapter", {"lora_name": old}, [e for e in engines if e in self.rollout_engines])
+            # An engine that has left is nobody's business.
+            self._unload(old, [engine for engine in engines if engine in self.rollout_engines])
         start = time.perf_counter()
         with self._payload(name, config, tensors) as (endpoint, payload):
             self._ask(endpoint, payload, self.rollout_engines, loads=name)
@@ -128,6 +128,14 @@ class AdapterUpdater:
         )
         self._loaded.append((name, self.rollout_engines))
         self._to_announce = name
+
+    def _unload(self, name: str, engines: list) -> None:
+        try:
+            self._ask("unload_lora_adapter", {"lora_name": name}, engines)
+        except RuntimeError as error:
+            if f"{name} does not exist" not in str(error):
+                raise
+            logger.warning("LoRA: %s; it has been restarted, and gets the new version", error)
 
     @contextlib.contextmanager
     def _payload(self, name: str, config: dict, tensors: dict) -> Iterator[tuple[str, Any]]:
