@@ -7,14 +7,19 @@ SLIME_PYTHON   an interpreter with slime's requirements (numpy 1.x); this one by
 SLIME_REV      which version training runs use: v0.3.1 by default
 """
 
+import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from checkouts import clone
+from runs import Run
 
 from slime_plugins.lora.slime.patch import checkout
+
+HERE = Path(__file__).parent
 
 
 def required(name: str, *files: str) -> Path:
@@ -72,3 +77,39 @@ def slime_python() -> str:
     if done.returncode:
         pytest.skip(f"needs an interpreter with slime's requirements: set SLIME_PYTHON ({done.stderr.strip()[-80:]})")
     return python
+
+
+@pytest.fixture(scope="session")
+def run(harness_dir, megatron_dir, slime_python, patched_slime, tmp_path_factory):
+    """Run slime once per set of arguments and session; ``of`` names another run's directory to go on from, ``upset``
+    what its engines do (``upset.py``)."""
+    done: dict[tuple, Run] = {}
+
+    def start(
+        *words: str, extra: str = "", slime: Path = patched_slime, of: Run | None = None, upset: str = "", fails=False
+    ) -> Run:
+        key = (words, extra, slime, of and of.work, upset, fails)
+        if key not in done:
+            work = tmp_path_factory.mktemp("run") / "work"
+            if of is not None:
+                shutil.copytree(of.work, work)
+            command = [
+                slime_python, harness_dir / "run.py", "--slime", slime, "--megatron", megatron_dir, "--work", work,
+                "--pythonpath", HERE, "--plugin", "probe", "--plugin", "served", *words, "--extra", extra,
+            ]  # fmt: skip
+            if upset:
+                command[-2:-2] = ["--plugin", "upset"]
+            command, env = list(map(str, command)), {**os.environ, "SLIME_LORA_UPSET": upset}
+            for _ in range(3):  # on a busy machine Ray may not come up in its time
+                finished = subprocess.run(
+                    list(map(str, command)), env=env, capture_output=True, text=True, check=False
+                )
+                log = (work / "log.txt").read_text()
+                if "timed out during startup" not in log:
+                    break
+            assert (finished.returncode != 0) == fails, log[-4000:]
+            steps = [] if fails else json.loads((work / "steps.json").read_text())["steps"]
+            done[key] = Run(work, log, steps)
+        return done[key]
+
+    return start

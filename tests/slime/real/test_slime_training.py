@@ -9,75 +9,12 @@ The harness's model: 4 layers, hidden 64, bf16, tied embeddings; rewards come fr
 from __future__ import annotations
 
 import json
-import re
-import shutil
-import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from runs import LORA, Run, rollout_requests
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
-
-LORA = "--use-lora --lora-r 4 --lora-alpha 8"
-HERE = Path(__file__).parent
-
-
-@dataclass
-class Run:
-    """What a finished run left."""
-
-    work: Path
-    log: str
-    steps: list[dict]
-
-    def of(self, key: str) -> list[float]:
-        return [step[f"train/{key}"] for step in self.steps]
-
-    @property
-    def probes(self) -> list[dict]:
-        return [json.loads(text) for text in re.findall(r"PROBE (\{.*\})\s*$", self.log, re.M)]
-
-    def received(self, pattern: str) -> list[Path]:
-        return sorted((self.work / "engines").glob(f"*/{pattern}"))
-
-    def requests(self) -> list[dict]:
-        (file,) = (self.work / "engines").glob("*/requests.jsonl")
-        return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-@pytest.fixture(scope="session")
-def run(harness_dir, megatron_dir, slime_python, patched_slime, tmp_path_factory):
-    """Run slime once per set of arguments and session; ``of`` names another run's directory to go on from."""
-    done: dict[tuple, Run] = {}
-
-    def start(*words: str, extra: str = "", slime: Path = patched_slime, of: Run | None = None, fails=False) -> Run:
-        key = (words, extra, slime, of and of.work, fails)
-        if key not in done:
-            work = tmp_path_factory.mktemp("run") / "work"
-            if of is not None:
-                shutil.copytree(of.work, work)
-            command = [
-                slime_python, harness_dir / "run.py", "--slime", slime, "--megatron", megatron_dir, "--work", work,
-                "--pythonpath", HERE, "--plugin", "probe", "--plugin", "served", *words, "--extra", extra,
-            ]  # fmt: skip
-            for _ in range(3):  # on a busy machine Ray may not come up in its time
-                finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-                log = (work / "log.txt").read_text()
-                if "timed out during startup" not in log:
-                    break
-            assert (finished.returncode != 0) == fails, log[-4000:]
-            steps = [] if fails else json.loads((work / "steps.json").read_text())["steps"]
-            done[key] = Run(work, log, steps)
-        return done[key]
-
-    return start
-
-
-def rollout_requests(requests: list[dict]) -> list[dict]:
-    """Without the requests of one token by which a sync proves the engines."""
-    found = [r for r in requests if r["endpoint"] == "generate"]
-    return [r for r in found if r["payload"]["sampling_params"].get("max_new_tokens") != 1]
 
 
 def check_learning(run: Run, steps: int) -> None:
