@@ -217,7 +217,7 @@ def truncated_weights(tmp_path):
     flags, _, _ = bad_line(tmp_path)
     weights = tmp_path / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
-    return flags, 1, "model.safetensors: truncated"
+    return flags, 1, "model.safetensors: not a whole safetensors file"
 
 
 def unsupported(tmp_path):
