@@ -11,7 +11,7 @@ import torch
 
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.peft.config import key_of, target_list
+from slime_plugins.lora.peft.config import is_target, key_of, target_list
 from slime_plugins.lora.peft.experts_export import for_experts
 from slime_plugins.lora.peft.experts_form import FORMATS
 from slime_plugins.lora.projections import Projection
@@ -46,12 +46,13 @@ def to_peft(
     projections = [_as_spelled(p, base) for p in projections]
     for p in projections:
         _check_fits(p, base)
+    projections = [replace(p, name=base.module(p.name)) for p in projections]
     ranks = [p.A.shape[0] for p in projections]
     rank = Counter(ranks).most_common(1)[0][0] if patterns else max(ranks)
     scaling = Counter(p.scaling for p in projections).most_common(1)[0][0]
     peft_config = flat_config(
         base_model=_base_name(base),
-        target_modules=target_list((p.name for p in projections), base.linears - {"lm_head"}),
+        **select([p.name for p in projections], base),
         rank=rank,
         alpha=_alpha(scaling, rank),
         dropout=dropout,
@@ -68,14 +69,34 @@ def to_peft(
     return for_experts(peft_config, tensors, base, moe_format)
 
 
+def select(adapted: list[str], base: BaseCheckpoint) -> dict[str, Any]:
+    """``target_modules`` that select exactly these of the base's modules; ``exclude_modules`` where it has others.
+
+    A vision tower may have linears of the same leaf names; they are left out as a whole.
+    """
+    inside = base.module(base.layer_prefix)
+    found: dict[str, Any] = {"target_modules": target_list(adapted, (m for m in base.modules if m.startswith(inside)))}
+    hit = {m for m in base.modules if not m.startswith(inside) and m != "lm_head" and is_target(found, m)}
+    towers = [name for name in base.towers if any(m.removeprefix("model.").startswith(f"{name}.") for m in hit)]
+    if towers:
+        found["exclude_modules"] = rf"(model\.)?({'|'.join(towers)})\..*"
+    return found
+
+
 def flat_config(
-    *, base_model: str | None, target_modules: list[str], rank: int, alpha: float, dropout: float = 0.0
+    *,
+    base_model: str | None,
+    target_modules: list[str],
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    exclude_modules: str | None = None,
 ) -> dict[str, Any]:
     """The flat ``adapter_config.json`` that PEFT, transformers, vLLM and SGLang read alike.
 
     SGLang ignores ``use_rslora`` and the patterns, so there is no scaling but ``alpha / rank``, and one rank.
     """
-    return {
+    config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -89,6 +110,7 @@ def flat_config(
         "init_lora_weights": True,
         "modules_to_save": None,
     }
+    return config | ({"exclude_modules": exclude_modules} if exclude_modules else {})
 
 
 def _as_spelled(p: Projection, base: BaseCheckpoint) -> Projection:

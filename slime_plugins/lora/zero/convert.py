@@ -81,9 +81,11 @@ def convert_zero(
     """
     checkpoint = ZeroCheckpoint(checkpoint_dir, tag)
     lora, others = _find_adapter(checkpoint, adapter)
+    base = _local_base(base_model)
+    if base:  # a run under an older transformers had the names of the base's files
+        lora = {(base.module(module), half): name for (module, half), name in lora.items()}
     tensors = _Adapter(checkpoint, lora, dtype)
     config, config_from = _config(Path(checkpoint_dir), checkpoint, tensors, adapter, alpha, base_model)
-    base = _local_base(base_model)
     reports: list[Report] = []
 
     def judge(written: Path) -> None:
@@ -214,7 +216,7 @@ def _local_base(base_model: str | None) -> BaseCheckpoint | None:
 def _base_linears(checkpoint: ZeroCheckpoint, base_model: str | None, adapted: Iterable[str]) -> set[str]:
     """Names of the base's modules as far as they are known: from the base, the checkpoint, or other layers."""
     if base := _local_base(base_model):
-        return set(base.linears)
+        return set(base.modules)
     known = {match["module"] for name in checkpoint.names if (match := _BASE_WEIGHT.fullmatch(name))}
     known = {module for module in known if ".lora_" not in module}
     if known - set(adapted):
