@@ -26,10 +26,8 @@ if TYPE_CHECKING:
 CANONICAL_LAYERS = "model.layers."
 LAYER_PREFIXES = (CANONICAL_LAYERS, "model.language_model.layers.", "language_model.model.layers.")
 """What bases put before a layer's number: text models, and two generations of those that see images too."""
-MODULES = {
-    "qwen2_vl": {"model.": "model.language_model.", "visual.": "model.visual."},
-    "qwen2_5_vl": {"model.": "model.language_model.", "visual.": "model.visual."},
-}
+_QWEN_VL = {"model.": "model.language_model.", "visual.": "model.visual."}
+MODULES = {"qwen2_vl": _QWEN_VL, "qwen2_5_vl": _QWEN_VL}
 """model_type -> what names in its files begin with -> what the names of its modules begin with.
 
 The modules are those of transformers from 4.52 on (5.23: ``conversion_mapping.py``), and PEFT goes by them: of an
@@ -124,13 +122,6 @@ class BaseCheckpoint:
     def modules(self) -> dict[str, str]:
         """Every one of ``linears``, by its name in a loaded model -> by its name in the files."""
         return {self.module(name): name for name in self.linears}
-
-    @cached_property
-    def towers(self) -> tuple[str, ...]:
-        """What holds linears beside the language model, by the first piece of its module's name: ``visual``."""
-        inside = self.module(self.layer_prefix)
-        others = (name.removeprefix("model.") for name in self.modules if not name.startswith(inside))
-        return tuple(sorted({name.partition(".")[0] for name in others if "." in name}))
 
     def layer_of(self, name: str) -> int | None:
         """Number of the layer that a weight of this base lies in; None for those outside of layers."""

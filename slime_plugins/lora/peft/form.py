@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -52,7 +53,7 @@ def to_peft(
     scaling = Counter(p.scaling for p in projections).most_common(1)[0][0]
     peft_config = flat_config(
         base_model=_base_name(base),
-        **select([p.name for p in projections], base),
+        **select((p.name for p in projections), base),
         rank=rank,
         alpha=_alpha(scaling, rank),
         dropout=dropout,
@@ -69,17 +70,20 @@ def to_peft(
     return for_experts(peft_config, tensors, base, moe_format)
 
 
-def select(adapted: list[str], base: BaseCheckpoint) -> dict[str, Any]:
-    """``target_modules`` that select exactly these of the base's modules; ``exclude_modules`` where it has others.
+def select(adapted: Iterable[str], base: BaseCheckpoint) -> dict[str, Any]:
+    """``target_modules`` that select exactly these of the base's modules; ``exclude_modules`` where it needs them.
 
-    A vision tower may have linears of the same leaf names; they are left out as a whole.
+    A vision tower may have linears of the same leaf names; where none of them is adapted, it is left out as a whole.
     """
-    inside = base.module(base.layer_prefix)
-    found: dict[str, Any] = {"target_modules": target_list(adapted, (m for m in base.modules if m.startswith(inside)))}
-    hit = {m for m in base.modules if not m.startswith(inside) and m != "lm_head" and is_target(found, m)}
-    towers = [name for name in base.towers if any(m.removeprefix("model.").startswith(f"{name}.") for m in hit)]
-    if towers:
-        found["exclude_modules"] = rf"(model\.)?({'|'.join(towers)})\..*"
+    language, adapted = base.module(base.layer_prefix), set(adapted)
+
+    def tower(module: str) -> str:
+        return "" if module.startswith(language) else module.removeprefix("model.").partition(".")[0]
+
+    kept = {tower(module) for module in adapted} | {""}
+    found: dict[str, Any] = {"target_modules": target_list(adapted, (m for m in base.modules if tower(m) in kept))}
+    if hit := {tower(m) for m in base.modules if tower(m) not in kept and is_target(found, m)}:
+        found["exclude_modules"] = rf"(model\.)?({'|'.join(sorted(hit))})\..*"
     return found
 
 

@@ -245,7 +245,7 @@ def test_the_first_model_is_the_one_that_slimes_rollouts_ask():
 
     for words in ("--use-lora", "--use-lora --lora-sync adapter"):
         args = parse(*words.split(), colocate=True)
-        with pytest.raises(UsageError, match="its first model 'judge' gets no weights.*list the trained model first"):
+        with pytest.raises(UsageError, match=r"its first model 'judge' gets no weights.*list the trained model first"):
             resolve(model("judge", False), args)
         args = parse(*words.split(), colocate=True)
         for each in (model("policy", True), model("judge", False)):
