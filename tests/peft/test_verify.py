@@ -365,3 +365,14 @@ def test_warnings_are_shortened_as_problems_are(tmp_path, capsys):
     assert main(["verify", str(tmp_path / "a"), "--json"]) == 0
     warnings = json.loads(capsys.readouterr().out)["warnings"]
     assert len(warnings) == 70 and all(isinstance(warning, str) for warning in warnings)
+
+
+def test_what_vllm_never_applies_is_said(tmp_path):
+    """vLLM's attention over compressed keys never calls kv_b_proj (issue 48974 there)."""
+    linears = {f"model.layers.{n}.self_attn.{leaf}": (12, 8) for n in (0, 1) for leaf in ("kv_b_proj", "o_proj")}
+    report = verify_adapter(foreign(tmp_path / "a", *adapter_dirs.adapter(linears)))
+    (warning,) = (w.message for w in report.warnings if w.kind == "server")
+    assert warning.startswith("2 adapters of kv_b_proj: vLLM is reported to load them and never apply them")
+    assert "SGLang 0.5.23" in warning and "\n" not in warning and report.ok
+    without = {name: shape for name, shape in linears.items() if "kv_b" not in name}
+    assert verify_adapter(foreign(tmp_path / "b", *adapter_dirs.adapter(without))).warnings == []

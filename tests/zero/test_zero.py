@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import adapter_dirs
 import pytest
 import torch
 import zero_checkpoints
@@ -31,6 +32,7 @@ CONFIG = {
     "target_modules": ["q_proj", "up_proj"],
     "modules_to_save": None,
 }
+LEAVES = ("self_attn.q_proj", "mlp.up_proj")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -302,6 +304,24 @@ def outcome(directory, tensors):
 
 def rank_files(directory):
     return sorted((directory / TAG).glob("*_states.pt"))
+
+
+@pytest.mark.parametrize("config", [CONFIG, None], ids=["config", "inferred"])
+def test_names_of_an_older_transformers_become_those_of_its_modules(tmp_path, config):
+    """Where a run saw Qwen2.5-VL's layers as ``model.layers``, PEFT would now find nothing to load."""
+    linears = {f"model.layers.{n}.{leaf}": (11 + i, 7 + i) for n in (0, 1) for i, leaf in enumerate(LEAVES)}
+    linears["visual.blocks.0.mlp.up_proj"] = (9, 5)
+    about = {"model_type": "qwen2_5_vl", "num_hidden_layers": 2}
+    base = adapter_dirs.base_checkpoint(tmp_path / "base", linears, config=json.dumps(about))
+    Zero([trained()]).write(
+        tmp_path / "c", config and {**config, "target_modules": f"model.layers.*({'|'.join(LEAVES)})"}
+    )
+    done = convert_zero(tmp_path / "c", tmp_path / "out", base_model=str(base), alpha=None if config else 10)
+    assert done.report.ok
+    tensors = read_adapter(tmp_path / "out")[1]
+    assert_equal(
+        tensors, {k.replace("model.layers", "model.language_model.layers"): v for k, v in plain(trained()).items()}
+    )
 
 
 @pytest.mark.parametrize("stage", [2, 3])

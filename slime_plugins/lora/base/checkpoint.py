@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 CANONICAL_LAYERS = "model.layers."
 LAYER_PREFIXES = (CANONICAL_LAYERS, "model.language_model.layers.", "language_model.model.layers.")
 """What bases put before a layer's number: text models, and two generations of those that see images too."""
+_QWEN_VL = {"model.": "model.language_model.", "visual.": "model.visual."}
+MODULES = {"qwen2_vl": _QWEN_VL, "qwen2_5_vl": _QWEN_VL}
+"""model_type -> what names in its files begin with -> what the names of its modules begin with.
+
+The modules are those of transformers from 4.52 on (5.23: ``conversion_mapping.py``), and PEFT goes by them: of an
+adapter under the other names it loads nothing, with a warning, and the model stays as it was. Of other types the two
+are one.
+"""
 MERGEABLE = ("F64", "F32", "BF16", "F16")
 """Dtypes, in the words of safetensors, that an adapter can be merged into."""
 
@@ -95,10 +103,25 @@ class BaseCheckpoint:
         return next(found, name)
 
     def canonical(self, name: str) -> str:
-        """The inverse of ``spelled``. A name that is canonical already stays."""
+        """The inverse of ``spelled``, of ``module`` too. A name that is canonical already stays."""
+        name = self.modules.get(name, name)
         if name.startswith(self.layer_prefix):
             name = CANONICAL_LAYERS + name.removeprefix(self.layer_prefix)
         return name.replace(".shared_expert.", ".shared_experts.")
+
+    def module(self, name: str) -> str:
+        """A name as this base's files have it -> what it is called in the model that transformers makes of them."""
+        prefixes = MODULES.get(str(self.config.get("model_type")), {})
+        if not name.startswith(tuple(prefixes.values())):
+            for stored, loaded in prefixes.items():
+                if name.startswith(stored):
+                    return loaded + name.removeprefix(stored)
+        return name
+
+    @cached_property
+    def modules(self) -> dict[str, str]:
+        """Every one of ``linears``, by its name in a loaded model -> by its name in the files."""
+        return {self.module(name): name for name in self.linears}
 
     def layer_of(self, name: str) -> int | None:
         """Number of the layer that a weight of this base lies in; None for those outside of layers."""

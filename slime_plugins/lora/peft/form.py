@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.peft.config import key_of, target_list
+from slime_plugins.lora.peft.config import is_target, key_of, target_list
 from slime_plugins.lora.peft.experts_export import for_experts
 from slime_plugins.lora.peft.experts_form import FORMATS
 from slime_plugins.lora.projections import Projection
@@ -46,12 +47,13 @@ def to_peft(
     projections = [_as_spelled(p, base) for p in projections]
     for p in projections:
         _check_fits(p, base)
+    projections = [replace(p, name=base.module(p.name)) for p in projections]
     ranks = [p.A.shape[0] for p in projections]
     rank = Counter(ranks).most_common(1)[0][0] if patterns else max(ranks)
     scaling = Counter(p.scaling for p in projections).most_common(1)[0][0]
     peft_config = flat_config(
         base_model=_base_name(base),
-        target_modules=target_list((p.name for p in projections), base.linears - {"lm_head"}),
+        **select((p.name for p in projections), base),
         rank=rank,
         alpha=_alpha(scaling, rank),
         dropout=dropout,
@@ -68,14 +70,37 @@ def to_peft(
     return for_experts(peft_config, tensors, base, moe_format)
 
 
+def select(adapted: Iterable[str], base: BaseCheckpoint) -> dict[str, Any]:
+    """``target_modules`` that select exactly these of the base's modules; ``exclude_modules`` where it needs them.
+
+    A vision tower may have linears of the same leaf names; where none of them is adapted, it is left out as a whole.
+    """
+    language, adapted = base.module(base.layer_prefix), set(adapted)
+
+    def tower(module: str) -> str:
+        return "" if module.startswith(language) else module.removeprefix("model.").partition(".")[0]
+
+    kept = {tower(module) for module in adapted} | {""}
+    found: dict[str, Any] = {"target_modules": target_list(adapted, (m for m in base.modules if tower(m) in kept))}
+    if hit := {tower(m) for m in base.modules if tower(m) not in kept and is_target(found, m)}:
+        found["exclude_modules"] = rf"(model\.)?({'|'.join(sorted(hit))})\..*"
+    return found
+
+
 def flat_config(
-    *, base_model: str | None, target_modules: list[str], rank: int, alpha: float, dropout: float = 0.0
+    *,
+    base_model: str | None,
+    target_modules: list[str],
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    exclude_modules: str | None = None,
 ) -> dict[str, Any]:
     """The flat ``adapter_config.json`` that PEFT, transformers, vLLM and SGLang read alike.
 
     SGLang ignores ``use_rslora`` and the patterns, so there is no scaling but ``alpha / rank``, and one rank.
     """
-    return {
+    config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -89,6 +114,7 @@ def flat_config(
         "init_lora_weights": True,
         "modules_to_save": None,
     }
+    return config | ({"exclude_modules": exclude_modules} if exclude_modules else {})
 
 
 def _as_spelled(p: Projection, base: BaseCheckpoint) -> Projection:

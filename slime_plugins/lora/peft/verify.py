@@ -131,7 +131,9 @@ def verify_adapter(
         other, report.base_compared = tensors.other_base(base, full=full)
         report.problems += [Problem(kind="base", message=other)] if other else []
         report.problems += _base_problems(config, shapes, base, report)
-    report.warnings += [Problem(kind="server", message=message) for message in _server_warnings(config)]
+    report.warnings += [
+        Problem(kind="server", message=message) for message in _server_warnings(config, {m for m, _ in shapes})
+    ]
     return report
 
 
@@ -242,12 +244,21 @@ def _base_problems(
     report: Report,
 ) -> Iterable[Problem]:
     """Modules and shapes of the adapter that are not the base's, and modules of the base that the adapter lacks."""
+    if stored := sorted({module for module, _ in shapes if module in base.linears and module not in base.modules}):
+        yield Problem(
+            kind="names",
+            tensor=key_of(stored[0], "A"),
+            message=f"{len(stored)} modules are named as in the files of {base.directory} ({stored[0]}), but a loaded "
+            f"{base.config.get('model_type')} calls them {base.module(stored[0])}: PEFT would load the adapter "
+            "without an error and change nothing; export it again, or rename its keys",
+        )
+        shapes = {(base.module(module), half): shape for (module, half), shape in shapes.items()}
     modules = {module for module, _ in shapes}
-    expected = {module for module in base.linears if is_target(config, module)}
+    expected = {module for module in base.modules if is_target(config, module)}
     if config.get("target_modules") == "all-linear":
         expected.discard("lm_head")  # PEFT leaves the output layer out
     report.expected_modules = len(expected)
-    unknown = sorted(modules - base.linears)
+    unknown = sorted(modules - base.modules.keys())
     if unknown and len(unknown) == len(modules):
         message = f"the adapter is for another base: none of its {len(modules)} modules is in {base.directory}"
         yield Problem(kind="base", message=f"{message} (first: {unknown[0]})")
@@ -260,7 +271,7 @@ def _base_problems(
         message = f"{module} is selected by target_modules and in the base, but {key_of(module, 'A')} is missing"
         yield Problem(kind="missing", tensor=key_of(module, "A"), message=message)
     for (module, half), shape in shapes.items():
-        linear = base.linear_shape(module)
+        linear = base.linear_shape(base.modules.get(module, module))
         if linear is None or len(shape) != 2 or 0 in shape:
             continue
         width, expected_width = (shape[1], linear[1]) if half == "A" else (shape[0], linear[0])
@@ -270,8 +281,18 @@ def _base_problems(
             yield Problem(kind="base", tensor=key_of(module, half), message=message)
 
 
-def _server_warnings(config: Mapping[str, Any]) -> Iterable[str]:
-    """PEFT and vLLM read these fields; SGLang computes lora_alpha / r for every layer and says nothing."""
+def _server_warnings(config: Mapping[str, Any], modules: Iterable[str]) -> Iterable[str]:
+    """What servers do without a word.
+
+    PEFT and vLLM read these fields; SGLang computes lora_alpha / r for every layer. vLLM absorbs kv_b_proj into its
+    attention over compressed keys and never calls the linear that it has wrapped (reported: vllm issue 48974).
+    """
+    latent = sum(module.endswith(".kv_b_proj") for module in modules)
+    if latent:
+        yield (
+            f"{latent} adapters of kv_b_proj: vLLM is reported to load them and never apply them (vllm issue 48974); "
+            "serve with SGLang 0.5.23 or newer, which corrects for them, or merge the adapter into its base"
+        )
     for name in ("use_rslora", "rank_pattern", "alpha_pattern"):
         if config.get(name):
             yield f"adapter_config.json: SGLang ignores {name} without a word and would scale the adapter wrongly"

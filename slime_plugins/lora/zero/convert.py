@@ -19,7 +19,7 @@ from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.peft.checks import absent_targets
 from slime_plugins.lora.peft.config import key_of, target_list
 from slime_plugins.lora.peft.directory import CONFIG, read_config, write_adapter
-from slime_plugins.lora.peft.form import flat_config
+from slime_plugins.lora.peft.form import flat_config, select
 from slime_plugins.lora.peft.verify import Report, verify_adapter
 from slime_plugins.lora.zero.files import ZeroCheckpoint
 
@@ -81,9 +81,14 @@ def convert_zero(
     """
     checkpoint = ZeroCheckpoint(checkpoint_dir, tag)
     lora, others = _find_adapter(checkpoint, adapter)
-    tensors = _Adapter(checkpoint, lora, dtype)
-    config, config_from = _config(Path(checkpoint_dir), checkpoint, tensors, adapter, alpha, base_model)
     base = _local_base(base_model)
+    # A run under an older transformers had the names of the base's files.
+    renamed = {(base.module(module) if base else module, half): name for (module, half), name in lora.items()}
+    tensors = _Adapter(checkpoint, renamed, dtype)
+    config, config_from = _config(Path(checkpoint_dir), checkpoint, tensors, adapter, alpha, base_model)
+    if base and renamed != lora:
+        config |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+        config |= select((module for module, _ in renamed), base)
     reports: list[Report] = []
 
     def judge(written: Path) -> None:
@@ -214,7 +219,7 @@ def _local_base(base_model: str | None) -> BaseCheckpoint | None:
 def _base_linears(checkpoint: ZeroCheckpoint, base_model: str | None, adapted: Iterable[str]) -> set[str]:
     """Names of the base's modules as far as they are known: from the base, the checkpoint, or other layers."""
     if base := _local_base(base_model):
-        return set(base.linears)
+        return set(base.modules)
     known = {match["module"] for name in checkpoint.names if (match := _BASE_WEIGHT.fullmatch(name))}
     known = {module for module in known if ".lora_" not in module}
     if known - set(adapted):

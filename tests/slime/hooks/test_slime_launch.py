@@ -216,11 +216,12 @@ def test_models_that_get_no_weights_keep_the_users_settings():
     slime_validate_args(args)
     assert args.sglang_enable_lora and args.sglang_enable_weights_cpu_backup
 
-    def model(update_weights, **overrides):
+    def model(name, update_weights, **overrides):
         group = types.SimpleNamespace(overrides={"model_path": "m", **overrides})
-        return types.SimpleNamespace(update_weights=update_weights, server_groups=[group])
+        return types.SimpleNamespace(name=name, update_weights=update_weights, server_groups=[group])
 
-    trained, frozen, own = model(True), model(False), model(False, **{"max-lora-rank": 8, "enable_lora": True})
+    trained, frozen = model("policy", True), model("judge", False)
+    own = model("own", False, **{"max-lora-rank": 8, "enable_lora": True})
     for each in (trained, frozen, own):
         assert resolve(each, args) == "slime's"
     assert trained.server_groups[0].overrides == {"model_path": "m"}
@@ -231,7 +232,25 @@ def test_models_that_get_no_weights_keep_the_users_settings():
     }  # fmt: skip
     assert own.server_groups[0].overrides["enable_lora"] is True
     assert own.server_groups[0].overrides["max-lora-rank"] == 8
-    resolve(model(False), parse())
+    resolve(model("judge", False), parse())
+
+
+def test_the_first_model_is_the_one_that_slimes_rollouts_ask():
+    @hooks.serving
+    def resolve(self, args):
+        return None
+
+    def model(name, update_weights):
+        return types.SimpleNamespace(name=name, update_weights=update_weights, server_groups=[])
+
+    for words in ("--use-lora", "--use-lora --lora-sync adapter"):
+        args = parse(*words.split(), colocate=True)
+        with pytest.raises(UsageError, match=r"its first model 'judge' gets no weights.*list the trained model first"):
+            resolve(model("judge", False), args)
+        args = parse(*words.split(), colocate=True)
+        for each in (model("policy", True), model("judge", False)):
+            resolve(each, args)
+    resolve(model("judge", False), parse())  # slime's own business
 
 
 def checkpoint(root, step, adapter=True):

@@ -28,19 +28,22 @@ def check_last_adapter(run: Run, engine: str = "*") -> None:
     (file,) = run.received(f"lora_{name}.safetensors") if engine == "*" else [
         run.work / "engines" / engine / f"lora_{name}.safetensors"
     ]  # fmt: skip
-    got, expected = load_file(file), load_file(run.work / "hf_1" / "adapter_model.safetensors")
+    got, expected = load_file(file), load_file(run.work / f"hf_{len(run.steps) - 1}" / "adapter_model.safetensors")
     assert got.keys() == expected.keys() and all(torch.equal(got[k], expected[k]) for k in got)
 
 
 def test_an_engine_restarted_between_two_syncs_gets_the_next_version(run):
     """Its server has lost every version by the time that one of them is to be unloaded."""
-    synced = run("--steps", "2", *DISK, upset="forgets", extra=f"{SHARED} --save-hf hf_{{rollout_id}}")
+    synced = run("--steps", "3", *DISK, upset="forgets", extra=f"{SHARED} --save-hf hf_{{rollout_id}}")
     requests = synced.requests()
     assert [r["endpoint"] for r in requests].count("upset: restarted") == 1
     names = loads(requests)
-    assert len(synced.steps) == 2 and len(set(names)) == 3
-    assert served(requests) == [names[0]] * 16 + [names[1]] * 16
-    assert "does not exist" in synced.log and "it has been restarted, and gets the new version" in synced.log
+    assert len(synced.steps) == 3 and len(set(names)) == 4
+    assert served(requests) == [name for name in names[:3] for _ in range(16)]
+    assert (
+        f"LoRA with name {names[0]} does not exist" in synced.log
+        and "it has been restarted, and gets the new version" in synced.log
+    )
     check_last_adapter(synced)
 
 

@@ -110,11 +110,16 @@ def projections(args: Namespace) -> list[str]:
 
 
 def serving(resolve):
-    """Hook: ``ModelConfig.resolve``. Models of ``--sglang-config`` that get no weights keep the user's settings."""
+    """Hook: ``ModelConfig.resolve``. Models of ``--sglang-config`` that get no weights keep the user's settings.
+
+    slime resolves them in their order. Raises UsageError where the first one, which its rollouts ask, gets no weights.
+    """
 
     @functools.wraps(resolve)
     def hooked(self, args: Namespace):
         result = resolve(self, args)
+        if getattr(args, "use_lora", False):
+            _refuse_frozen_first(self, args)
         for name, value in (getattr(args, "lora_serving", None) or {}).items():
             if not self.update_weights:
                 for group in self.server_groups:
@@ -124,3 +129,13 @@ def serving(resolve):
         return result
 
     return hooked
+
+
+def _refuse_frozen_first(model, args: Namespace) -> None:
+    first = getattr(args, "lora_first_model", None) or model.name
+    args.lora_first_model = first
+    if first == model.name and not model.update_weights and not args.debug_train_only:
+        raise UsageError(
+            f"--sglang-config: its first model {first!r} gets no weights, but slime's rollouts ask the first one: "
+            "training would learn from answers of weights that no sync reaches; list the trained model first"
+        )
