@@ -11,6 +11,8 @@ _PUBLIC = {
     "validate_lora_args": "arguments",
     "apply_lora": "inject",
     "LoRAReport": "inject",
+    "BaseQuant": "base.quantization",
+    "quantize_base": "quantize",
     "adapters_disabled": "adapters",
     "merged": "adapters",
     "save_adapter": "checkpoint.save",

@@ -120,11 +120,11 @@ def _fingerprint(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     dtype = None
     for chunk in chunks:
         numbers = _layer_numbers(chunk)
-        for layer, path, matrix in _matrices(chunk):
+        for layer, path, checksum, matrix_dtype in _checksums(chunk):
             layers.append(numbers[layer])
-            sums.append(fingerprint.checksum(matrix))
+            sums.append(checksum)
             experts.append(in_experts(path))
-            dtype = dtype or matrix.dtype
+            dtype = dtype or matrix_dtype
     totals = torch.zeros(config.num_layers, 2, dtype=torch.int64)
     for number, total in zip(layers, _over_shards(sums, experts)):
         totals[number] += total
@@ -139,8 +139,8 @@ def _fingerprint(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     }
 
 
-def _matrices(chunk: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Every matrix of the base in a chunk's decoder layers, as it multiplies: path of its layer and module, value."""
+def _checksums(chunk: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor, torch.dtype]]:
+    """Of every matrix of the base in a chunk's decoder layers: path of its layer and module, checksum, dtype."""
     for path, module in chunk.named_modules():
         layer = _LAYER.match(path)
         if not layer:
@@ -148,10 +148,10 @@ def _matrices(chunk: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]
         base = frozen_of(module)
         counted = base.parameters if base is not None and base.owns_weights else []
         if base is not None and counted:
-            yield from ((layer[0], path, matrix) for matrix in base.matrices())
+            yield from ((layer[0], path, checksum, base.dtype) for checksum in base.checksums())
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() >= 2 and not is_adapter(name) and not any(parameter is one for one in counted):
-                yield layer[0], path, parameter
+                yield layer[0], path, fingerprint.checksum(parameter), parameter.dtype
 
 
 def _layer_numbers(chunk: torch.nn.Module) -> dict[str, int]:

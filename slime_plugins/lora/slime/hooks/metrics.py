@@ -92,8 +92,9 @@ def _base_squares(model, linears: list[LoRALinear], device) -> dict[LoRALinear, 
     """Sum of squares of whole base weights; read once, for the base does not change."""
     known = state_of(model).base_squares
     if linears and not known:
-        matrices = [linear.lora_base.matrices() for linear in linears]
-        squares = [torch.stack([w.float().square().sum() for w in found]) for found in matrices]
+        squares = [  # linear by linear: matrices of a packed base are made here
+            torch.stack([w.float().square().sum() for w in linear.lora_base.matrices()]) for linear in linears
+        ]
         known.update(zip(linears, (square.to(device) for square in _sum_over_shards(linears, squares))))
     return known
 
