@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from slime_plugins.lora.adapters import has_adapters
 from slime_plugins.lora.base.quantization import BLOCK, GROUP, BaseQuant, check_blocks, is_excluded
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.layers import FrozenLinear, frozen_of
@@ -130,10 +131,11 @@ def planned(chunks: Sequence[torch.nn.Module], quant: BaseQuant) -> Plan:
         for chunk in chunks:
             if hasattr(chunk, "ddp_config"):
                 raise ValueError("quantize_base was given a model that DDP has wrapped already; quantise it before")
+        adapted = has_adapters(chunks)
         out = {one.name for one in candidates if is_excluded(targets, one.name)}
         chosen = tuple(one for one in candidates if one.name not in out)
         for one in chosen:
-            _check(one)
+            _check(one, adapted)
         return Plan(chosen, tuple(sorted(out)))
 
     plan, problem = attempt(select)
@@ -164,7 +166,7 @@ def _matrices(chunk: torch.nn.Module) -> Iterator[Matrix]:
             yield Matrix(f"{match[1]}{layer.layer_number - 1}.{leaf}", base, attribute)
 
 
-def _check(one: Matrix) -> None:
+def _check(one: Matrix, adapted: bool) -> None:
     if isinstance(one.parameter, PackedWeight):
         raise ValueError(f"{one.name} is in 4 bits already; quantize_base once per model")
     if one.parameter.dim() != 2:
@@ -172,8 +174,10 @@ def _check(one: Matrix) -> None:
             f"{one.name} holds all its experts in one parameter of TransformerEngine, which is not packed; "
             "build it with a weight per expert, or exclude the experts"
         )
-    if one.parameter.requires_grad and hasattr(one.base.module, "lora_base"):
-        raise UsageError(f"{one.name} trains (--no-lora-only-trainable): 4-bit weights are frozen; train adapters alone")
+    if one.parameter.requires_grad and adapted:
+        raise UsageError(
+            f"{one.name} trains (--no-lora-only-trainable): 4-bit weights are frozen; train adapters alone"
+        )
     check_blocks(one.name, one.base.shape[1], one.base.shards if one.base.parallel == "row" else 1)
     if one.parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UsageError(f"{one.name} is {one.parameter.dtype}; 4-bit codes are made of float32 or 16-bit weights")

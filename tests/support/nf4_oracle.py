@@ -64,3 +64,20 @@ def dense_copy(hf_dir, weights: dict[str, torch.Tensor], out: Path) -> Path:
         tensors[f"{name}.weight"] = weight.contiguous()
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     return out
+
+
+MOE_SIZES = dict(HIDDEN=192, HEAD_DIM=32, FFN=384, EXPERT_FFN=128, SHARED_FFN=128)
+MOE_SIZES["MLA"] = dict(q_lora_rank=128, kv_lora_rank=64, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=32)
+"""Of ``moe_models``, so that everything divides into blocks at (expert-)tensor-parallel size 2."""
+
+
+def through_codes(hf_dir, names) -> dict[str, torch.Tensor]:
+    """Linears of a checkpoint, quantised with nested scales and dequantised by bitsandbytes one by one."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    tensors = load_file(hf_dir / "model.safetensors")
+    found = {}
+    for name in names:
+        codes, state = quantize_4bit(tensors[f"{name}.weight"], quant_type="nf4", compress_statistics=True)
+        found[name] = dequantize_4bit(codes, state)
+    return found

@@ -15,7 +15,7 @@ from typing import Any
 
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.names import hf_names
-from slime_plugins.lora.targets import Targets
+from slime_plugins.lora.targets import Targets, short_name
 
 FORMS = ("nf4",)
 BLOCK = 64
@@ -85,10 +85,11 @@ def is_excluded(targets: Targets, megatron_name: str) -> bool:
     """
     numbers, projections = targets.parts_of(megatron_name), hf_names(megatron_name)
     if numbers and len(numbers) < len(projections):
-        leaf = megatron_name.rsplit(".", 1)[-1]
+        leaf = short_name(megatron_name)
         left = ", ".join(projections[i].rsplit(".", 1)[-1] for i in range(len(projections)) if i not in numbers)
         raise UsageError(
-            f"--lora-base-quant-exclude names part of {megatron_name}, one matrix in Megatron; name {left} too, or {leaf}"
+            f"--lora-base-quant-exclude names part of {megatron_name}, one matrix in Megatron; "
+            f"name {left} too, or {leaf}"
         )
     return bool(numbers)
 
@@ -104,7 +105,7 @@ def check_blocks(name: str, columns: int, shards: int) -> None:
     """
     if columns % BLOCK == 0:
         return
-    leaf, full = name.rsplit(".", 1)[-1], columns * shards
+    leaf, full = short_name(name), columns * shards
     where = f"{full} inputs" if shards == 1 else f"{full} inputs cut in {shards}"
     rest = f"use a tensor-parallel size that divides {full // BLOCK}, or " if full % BLOCK == 0 else ""
     raise UsageError(

@@ -37,19 +37,14 @@ class _Hold:
         with contextlib.ExitStack() as stack:
             kept: dict[int, tuple[_Again, PackedWeight]] = {}
             for name in self._names:
-                packed = module._parameters[name]
-                if not isinstance(packed, PackedWeight):
-                    raise RuntimeError(
-                        f"a 4-bit base weight ({name} of {type(module).__name__}) has become dense; "
-                        "build the model in the dtype that it trains in, before quantize_base"
-                    )
+                packed: Any = _packed(module, name)
                 dense = dense_of(packed)
                 stand_in = torch.nn.Parameter(dense, requires_grad=False)
                 stand_in.__dict__.update({key: value for key, value in packed.__dict__.items() if key != "packed"})
                 module._parameters[name] = stand_in
                 stack.callback(module._parameters.__setitem__, name, packed)
                 if packed.packed.override is None:
-                    stack.callback(dense.untyped_storage().resize_, 0)
+                    stack.callback(_free, dense)
                     kept[dense.untyped_storage().data_ptr()] = self._again[name], packed
             if torch.is_grad_enabled():
                 stack.enter_context(_tickets(kept))
@@ -61,10 +56,26 @@ class _Hold:
             stack.close()
 
 
+def _packed(module: torch.nn.Module, name: str) -> PackedWeight:
+    weight: Any = module._parameters[name]
+    # Assignment to ``.data``, which is how a module is cast, leaves the class and gives it memory.
+    if not isinstance(weight, PackedWeight) or weight.data_ptr():
+        raise RuntimeError(
+            f"a 4-bit base weight ({name} of {type(module).__name__}) has become dense {weight.dtype}; "
+            "build the model in the dtype that it trains in, and quantise it after that"
+        )
+    return weight
+
+
+def _free(dense: torch.Tensor) -> None:
+    """Give the memory back, whoever refers to the tensor."""
+    dense.untyped_storage().resize_(0)
+
+
 class _Again:
     """A weight in backward: dequantised once while anyone has it (TransformerEngine saves it twice)."""
 
-    _dense: weakref.ref | None = None
+    _dense: weakref.ref[torch.Tensor] | None = None
 
     def get(self, packed: PackedWeight) -> torch.Tensor:
         dense = None if self._dense is None else self._dense()
@@ -81,7 +92,7 @@ class _Ticket(NamedTuple):
     packed: PackedWeight
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: Any
 
     def redeem(self) -> torch.Tensor:
         dense = self.again.get(self.packed)

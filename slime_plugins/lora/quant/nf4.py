@@ -39,9 +39,7 @@ def decode(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> tor
     """The inverse, [O, I] in ``dtype``, in new memory."""
     library = bitsandbytes()
     shape = torch.Size((codes.shape[0], 2 * codes.shape[1]))
-    state = library.QuantState(
-        absmax=absmax.reshape(-1), shape=shape, dtype=dtype, blocksize=BLOCK, quant_type="nf4"
-    )
+    state = library.QuantState(absmax=absmax.reshape(-1), shape=shape, dtype=dtype, blocksize=BLOCK, quant_type="nf4")
     return library.dequantize_4bit(codes.view(-1, 1), quant_state=state)
 
 
@@ -51,7 +49,7 @@ class Scales(NamedTuple):
     codes: torch.Tensor
     """uint8 [O, N]"""
     first: torch.Tensor
-    """int32 [O]: number of a row's first scale among those of all projections, each projection's from a whole group."""
+    """int32 [O]: number of a row's first scale among all projections', each projection's from a whole group on."""
     groups: torch.Tensor
     """float32: the scale of every group."""
     means: torch.Tensor

@@ -75,20 +75,20 @@ class PackedWeight(torch.Tensor):
     """A frozen [O, I] matrix in the dtype in which it multiplies, stored as ``packed``."""
 
     packed: Packed
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, packed: Packed, dtype: torch.dtype) -> PackedWeight:
         rows, half = packed.codes.shape
         shape, device = (rows, 2 * half), packed.codes.device
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         self.packed = packed
         return self
 
     def __init__(self, packed: Packed, dtype: torch.dtype) -> None:
         super().__init__()
 
-    def __repr__(self, *, tensor_contents=None) -> str:
+    def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({list(self.shape)}, {self.dtype}, nf4, device={self.device})"
 
     def __reduce_ex__(self, protocol):
@@ -110,7 +110,7 @@ class PackedWeight(torch.Tensor):
             self.packed.override = before
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         kwargs = kwargs or {}
         special = _SPECIAL.get(func)
         if special is not None and isinstance(args[0], PackedWeight):
@@ -130,8 +130,15 @@ def dense_of(weight: torch.Tensor) -> torch.Tensor:
         return weight.packed.dense(weight.dtype) if isinstance(weight, PackedWeight) else weight.detach()
 
 
+def _like(weight: PackedWeight, packed: Packed) -> PackedWeight:
+    """With what Megatron has noted on the parameter: ``Module.to`` makes a new one of every tensor, moved or not."""
+    other = PackedWeight(packed, weight.dtype)
+    other.__dict__.update({key: value for key, value in weight.__dict__.items() if key not in ("packed", "_is_param")})
+    return other
+
+
 def _detach(func, args, kwargs):
-    return PackedWeight(args[0].packed, args[0].dtype)
+    return _like(args[0], args[0].packed)
 
 
 def _copy(func, args, kwargs):
@@ -147,7 +154,7 @@ def _copy(func, args, kwargs):
 
 
 def _clone(func, args, kwargs):
-    return PackedWeight(args[0].packed.map(torch.clone), args[0].dtype)
+    return _like(args[0], args[0].packed.map(torch.clone))
 
 
 def _moved(func, args, kwargs):
@@ -155,9 +162,7 @@ def _moved(func, args, kwargs):
     weight, device = args[0], kwargs.get("device")
     if kwargs.get("dtype") not in (None, weight.dtype):
         return None
-    moved = PackedWeight(weight.packed.map(lambda t: t.to(device or t.device, copy=True)), weight.dtype)
-    moved.__dict__.update({name: value for name, value in weight.__dict__.items() if name != "packed"})
-    return moved
+    return _like(weight, weight.packed.map(lambda t: t.to(device or t.device, copy=True)))
 
 
 _aten = torch.ops.aten
