@@ -59,6 +59,15 @@ def test_bf16_weights(pool2, tmp_path_factory, double_quant):
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
+def test_statistics_per_shard_are_other_bits(pool2, tmp_path_factory):
+    """What gathering the scales is for: a third of bf16 weights would differ."""
+    path = nf4_oracle.checkpoint(tmp_path_factory, dtype=torch.bfloat16)
+    expected = nf4_oracle.dequantised(nf4_oracle.peft_model(path, torch.bfloat16))
+    found, _ = pool2.run(nf4_runs.weights_of_statistics_per_shard, path, BaseQuant(), torch.bfloat16, tp=2)
+    differ = torch.cat([(found[name] != expected[name]).flatten() for name in expected]).float().mean()
+    assert 0.1 < differ < 0.5
+
+
 LAYOUTS = {
     "tp1": (dict(), dict()),
     "tp2-adapted-first": (dict(tp=2), dict(first="adapt")),

@@ -15,7 +15,7 @@ from harness import Layout
 from megatron.core import parallel_state as mpu
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from slime_plugins.lora import BaseQuant, LoRAConfig, adapters_disabled, apply_lora, merged, quantize_base
+from slime_plugins.lora import BaseQuant, LoRAConfig, adapters_disabled, apply_lora, merged, quantize, quantize_base
 from slime_plugins.lora.adapters import iter_adapters
 from slime_plugins.lora.checkpoint.model import fingerprint_of_model
 from slime_plugins.lora.ends.export import gather_projections
@@ -82,6 +82,16 @@ def train(layout: Layout, hf_dir, quant, steps):
 def weights(layout: Layout, hf_dir, quant=NF4, dtype=torch.float32) -> dict[str, torch.Tensor]:
     """Hugging Face name -> whole weight as it multiplies, of this pipeline stage."""
     return whole_weights(chunks_of(layout, hf_dir, quant=quant, dtype=dtype)[0])
+
+
+def weights_of_statistics_per_shard(layout: Layout, *args):
+    """``weights`` where every rank nests its own scales, as a trainer that knows of no projections would."""
+    working = vars(quantize).copy()
+    quantize._gathered, quantize._corner = (lambda shard, base: shard), (lambda *_: (0, 0))
+    try:
+        return weights(layout, *args)
+    finally:
+        vars(quantize).update(working)
 
 
 def whole_weights(chunks) -> dict[str, torch.Tensor]:
