@@ -6,6 +6,7 @@ import argparse
 import json
 import warnings
 
+from slime_plugins.lora.base.quantization import FORMS, check_flags
 from slime_plugins.lora.config import DTYPES, INITS, LAYOUTS, LoRAConfig
 from slime_plugins.lora.errors import UsageError
 
@@ -49,7 +50,38 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     add("--lora-dtype", choices=DTYPES, default=None, help="of the adapter (default: the base weight's)")
     add("--lora-rank-pattern", type=_json_object, default={}, metavar="JSON", help="e.g. '{\"linear_fc1\": 32}'")
     add("--lora-alpha-pattern", type=_json_object, default={}, metavar="JSON", help="e.g. '{\"linear_fc1\": 64}'")
+    _add_base_arguments(parser.add_argument_group("the base under LoRA", "what its frozen weights are stored as"))
     return parser
+
+
+def _add_base_arguments(group) -> None:
+    add = group.add_argument
+    add(
+        "--lora-base-quant",
+        choices=("none", *FORMS),
+        default="none",
+        help="nf4: the weights of decoder linears in 4 bits, the bits of bitsandbytes (default: %(default)s)",
+    )
+    add("--load-in-4bit", dest="lora_base_quant", action="store_const", const="nf4", help="the same as nf4")
+    add_quant_details(group)
+
+
+def add_quant_details(group) -> None:
+    """The flags of ``base.quantization.BaseQuant`` but its form."""
+    add = group.add_argument
+    add(
+        *("--lora-base-double-quant", "--bnb-4bit-use-double-quant"),
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the codes' scales in 8 bits: 0.516 bytes a weight instead of 0.5625 (default)",
+    )
+    add(
+        "--lora-base-quant-exclude",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="linears that stay dense, named as --lora-target-modules names them",
+    )
 
 
 def validate_lora_args(args: argparse.Namespace) -> None:
@@ -66,6 +98,7 @@ def validate_lora_args(args: argparse.Namespace) -> None:
             raise UsageError(f"{', '.join(given)} given without --use-lora; add --use-lora, or drop them")
         return
     LoRAConfig.from_args(args)
+    check_flags(args)
     lr = getattr(args, "lr", None)
     if lr is not None and 0 < lr < LOW_LR:
         warnings.warn(

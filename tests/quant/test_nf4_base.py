@@ -16,6 +16,8 @@ import te_models
 import torch
 
 from slime_plugins.lora import BaseQuant
+from slime_plugins.lora.base.decoder import HFBase
+from slime_plugins.lora.cost import cost_of
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.quant import nf4
 from slime_plugins.lora.quant.packed import Packed
@@ -147,6 +149,12 @@ def test_what_is_said_of_the_base(pool2, oracle):
     assert packed["merged"] <= 1e-5 and packed["restored"]
     assert not torch.equal(packed["off"], plain["off"])
     assert packed["parameters"] == sum(w.numel() for w in weights.values()) // 2
+    cost = dict(num_layers=2, tied=True, tp=2, dtype="float32")
+    shapes = HFBase.read(path).shapes()
+    saved = [
+        cost_of(shapes, nf4_runs.CONFIG, **cost, base_quant=quant).lora.base_weights for quant in (None, BaseQuant())
+    ]
+    assert saved[0] - saved[1] == 4 * packed["parameters"] - packed["bytes"]  # as ``slime-lora plan`` has it
     quantised = packed["quantised"]
     assert (quantised.parameters, quantised.packed_bytes) == (packed["parameters"], packed["bytes"])
     assert quantised.dense_bytes == 4 * packed["parameters"] and quantised.matrices == 8
@@ -168,10 +176,7 @@ def test_bytes():
     shape, quant = (512, 2048), BaseQuant()
     packed = Packed.of(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     assert packed.nbytes == BaseQuant(double_quant=False).bytes_of(shape) == 9 * math.prod(shape) // 16
-    codes, groups, mean = nf4.nest(packed.absmax.reshape(-1))
-    first = torch.arange(shape[0], dtype=torch.int32) * packed.absmax.shape[1]
-    ends = torch.tensor([codes.numel()], dtype=torch.int32)
-    packed.seal(nf4.Scales(codes.view(packed.absmax.shape), first, groups, mean[None], ends))
+    packed.seal(nf4.whole_scales(packed.absmax))
     assert packed.nbytes == quant.bytes_of(shape)
     for rows, columns, cut in ((5120, 5120, "column"), (5120, 25600, "row"), (25600, 5120, "column")):
         for shards in (1, 8):

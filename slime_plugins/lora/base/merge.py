@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
-from slime_plugins.lora.base.checkpoint import BaseCheckpoint, Weight
-from slime_plugins.lora.base.weights import DTYPES, read_weight
-from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.files.atomic import replaced_directory
+from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+from slime_plugins.lora.base.rewrite import rewrite
+from slime_plugins.lora.base.weights import DTYPES
 from slime_plugins.lora.projections import Projection, Rounding, merge
-
-_COPY_BYTES = 1 << 24
-# Suffixes of weights in forms that were not merged, and names of an adapter beside the base: not copied.
-_OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
-_ADAPTER_CONFIG = "adapter_config.json"
 
 
 def merge_weight(weight: torch.Tensor, projection: Projection, rounding: Rounding | None = None) -> torch.Tensor:
@@ -39,34 +31,37 @@ def merge_weight(weight: torch.Tensor, projection: Projection, rounding: Roundin
 
 
 def merge_checkpoint(
-    projections: Iterable[Projection], hf_checkpoint: str | os.PathLike, out_dir: str | os.PathLike
+    projections: Iterable[Projection],
+    hf_checkpoint: str | os.PathLike,
+    out_dir: str | os.PathLike,
+    *,
+    stored: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    also: Iterable[str] = (),
 ) -> Rounding:
     """Write a copy of a base checkpoint with adapters merged in, whole or not at all.
 
     Files, index, tensor order and dtypes stay those of the base, so tied embeddings stay tied; adapted matrices are
     replaced one by one as the bytes stream past: one matrix in memory at a time, beside the adapter.
 
+    Args:
+        stored: tensor name, value -> what the trained base had in its place (a dequantised matrix), same shape and
+            dtype.
+        also: names of tensors that it changes beside the adapted ones.
     Raises:
         UsageError: ``hf_checkpoint`` is no checkpoint, or ``out_dir`` holds something.
         ValueError: an adapter that does not fit the base, or a base in a dtype that cannot be merged into.
     """
     base, out = BaseCheckpoint(hf_checkpoint), Path(out_dir)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists and is not empty; name another place for the merged model")
     updates = {f"{p.name}.weight": p for p in projections}
     for name, projection in updates.items():
         _check(name, projection, base)
-    files = sorted({weight.file for weight in base.weights.values()})
     rounding = Rounding()
-    with replaced_directory(out, drop=()) as new:
-        for entry in sorted(base.directory.iterdir()):
-            other = entry.suffix not in _OTHER_WEIGHTS and entry.name != _ADAPTER_CONFIG
-            if entry.is_file() and other and not entry.name.startswith("."):
-                shutil.copyfile(entry, new / entry.name)
-        for file in files:
-            weights = {name: weight for name, weight in base.weights.items() if weight.file == file}
-            with open(file, "rb") as source, open(new / file.name, "wb") as target:
-                _merge_file(source, target, weights, updates, rounding)
+
+    def change(name: str, weight: torch.Tensor) -> torch.Tensor:
+        weight = weight if stored is None else stored(name, weight)
+        return merge_weight(weight, updates[name], rounding) if name in updates else weight
+
+    rewrite(base, out, {*updates, *also}, change)
     return rounding
 
 
@@ -80,31 +75,3 @@ def _check(name: str, projection: Projection, base: BaseCheckpoint) -> None:
         )
     if weight.dtype not in DTYPES:
         raise ValueError(f"{name} is {weight.dtype} in {base.directory}; merging needs one of {', '.join(DTYPES)}")
-
-
-def _merge_file(
-    source: BinaryIO,
-    target: BinaryIO,
-    weights: Mapping[str, Weight],
-    updates: Mapping[str, Projection],
-    rounding: Rounding,
-) -> None:
-    """Copy a safetensors file; tensors that have an update are written merged, in their places."""
-    for name, weight in sorted(weights.items(), key=lambda item: item[1].start):
-        if name in updates:
-            _copy(source, target, weight.start - source.tell())
-            merged = merge_weight(read_weight(weight), updates[name], rounding)
-            target.write(merged.contiguous().reshape(-1).view(torch.uint8).numpy())
-            source.seek(weight.end)
-    _copy(source, target, None)
-
-
-def _copy(source: BinaryIO, target: BinaryIO, count: int | None) -> None:
-    """Copy ``count`` bytes, or all that are left."""
-    left = count
-    while left is None or left > 0:
-        data = source.read(_COPY_BYTES if left is None else min(_COPY_BYTES, left))
-        if not data:
-            break
-        target.write(data)
-        left = None if left is None else left - len(data)

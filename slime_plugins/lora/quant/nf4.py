@@ -7,6 +7,7 @@ are nested with the projection's others or not at all: per shard, a third of bf1
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -73,6 +74,15 @@ def nest(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     mean = absmax.mean()
     codes, state = bitsandbytes().quantize_blockwise(absmax - mean, blocksize=GROUP)
     return codes, state.absmax, mean
+
+
+def whole_scales(absmax: torch.Tensor) -> Scales:
+    """Of a projection that is not cut, from its scales float32 [O, N]."""
+    rows, columns = absmax.shape
+    codes, groups, mean = nest(absmax.reshape(-1))
+    first = torch.arange(rows, dtype=torch.int32, device=absmax.device) * columns
+    ends = torch.tensor([math.ceil(absmax.numel() / GROUP) * GROUP], dtype=torch.int32, device=absmax.device)
+    return Scales(codes.view(absmax.shape), first, groups, mean[None], ends)
 
 
 @cache

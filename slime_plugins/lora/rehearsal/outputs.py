@@ -11,6 +11,7 @@ import socket
 import sys
 from pathlib import Path
 
+from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.rehearsal.settings import Settings
 
@@ -101,14 +102,19 @@ def draw_curve(out: Path, steps: list[dict], title: str) -> None:
     figure.savefig(out / CURVE, dpi=120)
 
 
-def serve_command(out: Path, dtype: str, device: str) -> str:
-    """Make ``serve/`` (links to base and adapter) and return the shell command that serves it."""
+def serve_command(out: Path, dtype: str, device: str, quant: BaseQuant | None = None) -> str:
+    """Make ``serve/`` (links to base and adapter) and return the shell command that serves it.
+
+    ``quant``: of the base; ``transformers serve`` has nested NF4 of all linears, and no other.
+    """
     from slime_plugins.lora.peft.directory import read_config
     from slime_plugins.lora.peft.serve_dir import make_serve_dir
 
     base = read_config(out / ADAPTER)["base_model_name_or_path"]
     directory = make_serve_dir(base, out / ADAPTER, out / SERVE)
     command = [_transformers(), "serve", str(directory), "--device", device, "--dtype", dtype]
+    if quant is not None:
+        command += ["--quantization", "bnb-4bit"]
     command += ["--host", "127.0.0.1", "--port", str(_free_port())]
     return "HF_HUB_OFFLINE=1 " + shlex.join(command)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from slime_plugins.lora.base.decoder import HFBase
+from slime_plugins.lora.base.quantization import check_checkpoint
 from slime_plugins.lora.checkpoint import directory
 from slime_plugins.lora.checkpoint.manifest import Manifest
 from slime_plugins.lora.config import LoRAConfig
@@ -42,6 +43,10 @@ def prepare(settings: Settings, progress: Callable[[str], None] = print) -> Sett
         raise UsageError(f"--prompt-data {settings.prompt_data}: no such file")
     read_prompts(settings.prompt_data, settings.input_key, settings.label_key)
     _check_targets(settings.lora, base.linears())
+    if settings.base_quant is not None:
+        shapes = base.shapes()
+        linears = {name: shapes[f"{name}.weight"] for name in base.linears()}
+        check_checkpoint(settings.base_quant, linears, tp=settings.tp)
     if settings.load is not None:
         step = Manifest.read(directory.find(settings.load)).step
         if step is None or step >= settings.steps:

@@ -31,13 +31,14 @@ class Rollout:
 
     def setup(self, settings: Settings, device: str, num_threads: int) -> None:
         """Load base and tokenizer. Raises ValueError if there is no end token."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+        from transformers import AutoTokenizer, GenerationConfig
+
+        from slime_plugins.lora.quant.hf_model import load_base
 
         self.settings, self.device = settings, device
         hf_dir = settings.hf_checkpoint
         self.tokenizer = AutoTokenizer.from_pretrained(hf_dir, padding_side="left")
-        base = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=getattr(torch, settings.dtype))
-        base = base.to(device).eval()
+        base = load_base(hf_dir, getattr(torch, settings.dtype), device, settings.base_quant).eval()
         torch.set_num_threads(num_threads if base.num_parameters() > _SMALL else 1)
         eos = base.generation_config.eos_token_id
         eos = self.tokenizer.eos_token_id if eos is None else eos

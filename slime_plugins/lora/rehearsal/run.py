@@ -57,7 +57,7 @@ def rehearse(settings: Settings, *, debug: bool = False) -> dict:
             "settings": settings.to_dict(),
         }
     outputs.draw_curve(out, recorder.steps, f"{Path(settings.hf_checkpoint).name}, LoRA rank {settings.lora.rank}")
-    summary["serve_command"] = outputs.serve_command(out, settings.dtype, device)
+    summary["serve_command"] = outputs.serve_command(out, settings.dtype, device, settings.base_quant)
     outputs.write_summary(out, summary)
     verify(summary, settings, adapter_dir)
     display.end(out, summary)

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from dataclasses import dataclass
 
+from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 
@@ -73,12 +74,18 @@ class Settings:
     load: str | None = None
     """Checkpoint, or a run's directory of them, to go on from, up to ``steps`` in all; any parallelism."""
     lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
+    base_quant: BaseQuant | None = None
+    """What the base is stored as, in training and in rollouts; None: dense."""
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Settings:
         """From the parsed flags of ``cli.rehearse``."""
-        names = [field.name for field in dataclasses.fields(cls) if field.name != "lora"]
-        return cls(**{name: getattr(args, name) for name in names}, lora=LoRAConfig.from_args(args))
+        names = [field.name for field in dataclasses.fields(cls) if field.name not in ("lora", "base_quant")]
+        return cls(
+            **{name: getattr(args, name) for name in names},
+            lora=LoRAConfig.from_args(args),
+            base_quant=BaseQuant.from_args(args),
+        )
 
     @property
     def builtin(self) -> bool:
