@@ -21,7 +21,7 @@ from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.layers import FrozenLinear, frozen_of
 from slime_plugins.lora.layout import ROWS, Part
 from slime_plugins.lora.names import is_known, record_of
-from slime_plugins.lora.parallel import all_gather, all_gather_over, attempt, chunks_of, pipeline_group
+from slime_plugins.lora.parallel import all_gather, all_gather_over, attempt, chunks_of, pipeline_group, unwrapped
 from slime_plugins.lora.quant import nf4
 from slime_plugins.lora.quant.hold import hold
 from slime_plugins.lora.quant.packed import Packed, PackedWeight
@@ -70,19 +70,15 @@ def quantize_base(model: Any, quant: BaseQuant | None = None) -> QuantReport:
         ValueError: a model that is wrapped or quantised already.
     """
     chunks, quant = chunks_of(model), quant or BaseQuant()
-    plan = planned(chunks, quant)
-    before = sum(one.parameter.nbytes for one in plan.matrices)
+    plan = planned(chunks, quant, built_packed=False)
     for one in plan.matrices:
         one.pack()
-    compress(plan, quant)
-    packed = [one.parameter for one in plan.matrices]
-    return QuantReport(
-        len(packed),
-        sum(parameter.numel() for parameter in packed),
-        sum(parameter.packed.nbytes for parameter in packed),
-        before,
-        plan.excluded,
-    )
+    return compress(chunks, plan, quant)
+
+
+def base_quant_of(model: Any) -> BaseQuant | None:
+    """What the base of a model is stored as; None: dense."""
+    return next((getattr(unwrapped(chunk), "lora_base_quant", None) for chunk in chunks_of(model)), None)
 
 
 @dataclass(frozen=True)
@@ -121,10 +117,14 @@ class Plan:
     excluded: tuple[str, ...]
 
 
-def planned(chunks: Sequence[torch.nn.Module], quant: BaseQuant) -> Plan:
-    """Which matrices are to be packed. Collective over the world: what one rank refuses, all raise."""
+def planned(chunks: Sequence[torch.nn.Module], quant: BaseQuant, *, built_packed: bool) -> Plan:
+    """Which matrices are to be packed. Collective over the world: what one rank refuses, all raise.
+
+    Args:
+        built_packed: they are unset codes already (``packing``).
+    """
     targets = quant.targets
-    candidates = [one for chunk in chunks for one in _matrices(chunk)]
+    candidates = [one for chunk in chunks for one in matrices_of(chunk)]
 
     def select() -> Plan:
         nf4.bitsandbytes()
@@ -135,7 +135,7 @@ def planned(chunks: Sequence[torch.nn.Module], quant: BaseQuant) -> Plan:
         out = {one.name for one in candidates if is_excluded(targets, one.name)}
         chosen = tuple(one for one in candidates if one.name not in out)
         for one in chosen:
-            _check(one, adapted)
+            _check(one, adapted, built_packed)
         return Plan(chosen, tuple(sorted(out)))
 
     plan, problem = attempt(select)
@@ -149,7 +149,7 @@ def planned(chunks: Sequence[torch.nn.Module], quant: BaseQuant) -> Plan:
     return plan
 
 
-def _matrices(chunk: torch.nn.Module) -> Iterator[Matrix]:
+def matrices_of(chunk: torch.nn.Module) -> Iterator[Matrix]:
     """Every base weight of the decoder linears that the name table knows, in model order."""
     modules = dict(chunk.named_modules())
     for path, module in modules.items():
@@ -166,8 +166,8 @@ def _matrices(chunk: torch.nn.Module) -> Iterator[Matrix]:
             yield Matrix(f"{match[1]}{layer.layer_number - 1}.{leaf}", base, attribute)
 
 
-def _check(one: Matrix, adapted: bool) -> None:
-    if isinstance(one.parameter, PackedWeight):
+def _check(one: Matrix, adapted: bool, built_packed: bool) -> None:
+    if isinstance(one.parameter, PackedWeight) and not built_packed:
         raise ValueError(f"{one.name} is in 4 bits already; quantize_base once per model")
     if one.parameter.dim() != 2:
         raise ValueError(
@@ -184,7 +184,7 @@ def _check(one: Matrix, adapted: bool) -> None:
     _ = one.parts  # raises for a shard that cannot be taken apart
 
 
-def compress(plan: Plan, quant: BaseQuant) -> None:
+def compress(chunks: Sequence[torch.nn.Module], plan: Plan, quant: BaseQuant) -> QuantReport:
     """End of loading: nest the scales of every packed matrix, and let the linears run. Collective."""
     linears: dict[int, tuple[torch.nn.Module, list[str]]] = {}
     for one in plan.matrices:
@@ -193,6 +193,16 @@ def compress(plan: Plan, quant: BaseQuant) -> None:
         linears.setdefault(id(one.base.module), (one.base.module, []))[1].append(one.attribute)
     for module, names in linears.values():
         hold(module, names)
+    for chunk in chunks:
+        unwrapped(chunk).lora_base_quant = quant  # type: ignore[assignment]
+    packed = [one.parameter for one in plan.matrices]
+    return QuantReport(
+        len(packed),
+        sum(parameter.numel() for parameter in packed),
+        sum(parameter.packed.nbytes for parameter in packed),
+        sum(parameter.nbytes for parameter in packed),
+        plan.excluded,
+    )
 
 
 def _nested(absmax_ON: torch.Tensor, base: FrozenLinear, parts: tuple[Part, ...]) -> nf4.Scales:

@@ -98,6 +98,9 @@ def differences(saved: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]
         now = other["architecture"].get(name)
         if None not in (was, now) and was != now:
             found.append(f"base {name} {was} in the checkpoint, {now} here")
+    if saved.get("quantization") != other.get("quantization"):
+        was, now = (_stored(one.get("quantization")) for one in (saved, other))
+        found.append(f"base {was} in the checkpoint, {now} here")
     if found or saved["dtype"] != other["dtype"]:  # equal weights in another dtype have other bits
         return found
     changed = [int(n) for n, digest in saved["layers"].items() if other["layers"].get(n, digest) != digest]
@@ -105,3 +108,11 @@ def differences(saved: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]
         compared = len(saved["layers"].keys() & other["layers"].keys())
         found.append(f"base weights differ in {len(changed)} of {compared} layers compared, from layer {min(changed)}")
     return found
+
+
+def _stored(quantization: Mapping[str, Any] | None) -> str:
+    if quantization is None:
+        return "dense"
+    scales = "nested" if quantization["double_quant"] else "plain"
+    exclude = ", ".join(quantization["exclude"])
+    return f"{quantization['form']} with {scales} scales" + (f" but {exclude}" if exclude else "")

@@ -46,7 +46,7 @@ class BaseQuant:
     @classmethod
     def from_args(cls, args: Any) -> BaseQuant | None:
         """Of the flags of ``add_lora_arguments``; None for a dense base."""
-        if args.lora_base_quant == "none":
+        if getattr(args, "lora_base_quant", "none") == "none":
             return None
         exclude = (name for value in args.lora_base_quant_exclude for name in value.split(",") if name)
         return cls(form=args.lora_base_quant, double_quant=args.lora_base_double_quant, exclude=tuple(exclude))

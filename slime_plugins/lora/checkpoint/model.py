@@ -20,6 +20,7 @@ from slime_plugins.lora.layers.pieces import Piece, Placement
 from slime_plugins.lora.names import in_experts, is_adapter
 from slime_plugins.lora.parallel import all_gather, chunks_of
 from slime_plugins.lora.projections import Adapter
+from slime_plugins.lora.quantize import base_quant_of
 
 _LAYER = re.compile(r"(?:module\.)*decoder\.layers\.\d+")
 
@@ -109,18 +110,23 @@ def fingerprint_of_model(model) -> dict[str, Any]:
     return state.fingerprint[1]
 
 
+def fingerprint_as_served(model) -> dict[str, Any]:
+    """The same of the weights as they multiply: of a 4-bit base, dequantised. Collectives as if all were new."""
+    return _fingerprint(chunks_of(model), of_source=False)
+
+
 def _marks(chunks: Sequence[torch.nn.Module]) -> list[tuple[int, int]]:
     """What changes when a base parameter is written to in place, or gets other memory."""
     return [(parameter.data_ptr(), parameter._version) for _, parameter in base_parameters(chunks)]
 
 
-def _fingerprint(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+def _fingerprint(chunks: Sequence[torch.nn.Module], *, of_source: bool = True) -> dict[str, Any]:
     config = get_model_config(chunks[0])
     layers, sums, experts = [], [], []
     dtype = None
     for chunk in chunks:
         numbers = _layer_numbers(chunk)
-        for layer, path, checksum, matrix_dtype in _checksums(chunk):
+        for layer, path, checksum, matrix_dtype in _checksums(chunk, of_source):
             layers.append(numbers[layer])
             sums.append(checksum)
             experts.append(in_experts(path))
@@ -132,14 +138,16 @@ def _fingerprint(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
         device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
         totals = totals.to(device)
         dist.all_reduce(totals)
+    quant = base_quant_of(chunks)
     return {
         "architecture": fingerprint.architecture_of_model(config),
         "dtype": str(dtype or config.params_dtype).removeprefix("torch."),
         "layers": {str(n): fingerprint.digits(row) for n, row in enumerate(totals.cpu())},
+        **({} if quant is None else {"quantization": quant.to_dict()}),
     }
 
 
-def _checksums(chunk: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor, torch.dtype]]:
+def _checksums(chunk: torch.nn.Module, of_source: bool) -> Iterator[tuple[str, str, torch.Tensor, torch.dtype]]:
     """Of every matrix of the base in a chunk's decoder layers: path of its layer and module, checksum, dtype."""
     for path, module in chunk.named_modules():
         layer = _LAYER.match(path)
@@ -148,7 +156,7 @@ def _checksums(chunk: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor,
         base = frozen_of(module)
         counted = base.parameters if base is not None and base.owns_weights else []
         if base is not None and counted:
-            yield from ((layer[0], path, checksum, base.dtype) for checksum in base.checksums())
+            yield from ((layer[0], path, checksum, base.dtype) for checksum in base.checksums(of_source=of_source))
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() >= 2 and not is_adapter(name) and not any(parameter is one for one in counted):
                 yield layer[0], path, fingerprint.checksum(parameter), parameter.dtype

@@ -41,6 +41,8 @@ class AdapterCheckpoint:
         """Raise ValueError for another base: other sizes, or other weights in the first layer (which is read)."""
         saved = self.manifest.base
         layers = sorted(int(n) for n in saved["layers"])[:1]
-        found = base.differences(saved, base.fingerprint_of_hf(checkpoint, saved["dtype"], layers))
+        # The checkpoint that its base was made from; what it was stored as while training is no fact of the files.
+        theirs = base.fingerprint_of_hf(checkpoint, saved["dtype"], layers)
+        found = base.differences({**saved, "quantization": None}, theirs)
         if found:
             raise ValueError(f"{checkpoint.directory} is not the base of {self.path}: {'; '.join(found)}")

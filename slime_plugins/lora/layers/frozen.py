@@ -69,10 +69,14 @@ class FrozenLinear:
         """Number of ``matrices``, without making them."""
         return len(self.parameters)
 
-    def checksums(self) -> list[torch.Tensor]:
-        """``fingerprint.checksum`` of every matrix; of a packed one, of what it was quantised from."""
+    def checksums(self, *, of_source: bool = True) -> list[torch.Tensor]:
+        """``fingerprint.checksum`` of every matrix; of a packed one, of what it was quantised from.
+
+        Args:
+            of_source: False for the matrices as they multiply.
+        """
         return [
-            weight.packed.source if isinstance(weight, PackedWeight) else checksum(self.dense(i))
+            weight.packed.source if of_source and isinstance(weight, PackedWeight) else checksum(self.dense(i))
             for i, weight in enumerate(self.parameters)
         ]
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from slime_plugins.lora.quant.packed import PackedWeight, dense_of
+from slime_plugins.lora.quant.packed import PackedWeight, dense_of, noted
 
 
 def hold(module: torch.nn.Module, names: Sequence[str]) -> None:
@@ -40,7 +40,7 @@ class _Hold:
                 packed: Any = _packed(module, name)
                 dense = dense_of(packed)
                 stand_in = torch.nn.Parameter(dense, requires_grad=False)
-                stand_in.__dict__.update({key: value for key, value in packed.__dict__.items() if key != "packed"})
+                stand_in.__dict__.update(noted(packed))
                 module._parameters[name] = stand_in
                 stack.callback(module._parameters.__setitem__, name, packed)
                 if packed.packed.override is None:

@@ -16,6 +16,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from slime_plugins.lora.base.fingerprint import checksum
+from slime_plugins.lora.base.quantization import BLOCK
 from slime_plugins.lora.quant import nf4
 
 
@@ -33,12 +34,22 @@ class Packed:
     def __init__(self, codes: torch.Tensor, absmax: torch.Tensor | None, source: torch.Tensor) -> None:
         self.codes, self.absmax, self.source = codes, absmax, source
         self.scales: nf4.Scales | None = None
-        self.sealed = False
+        self.loaded, self.sealed = True, False
         self.override: torch.Tensor | None = None
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> Packed:
         return cls(*nf4.encode(weight), checksum(weight))
+
+    @classmethod
+    def unset(cls, shape: tuple[int, int], device: torch.device) -> Packed:
+        """Of a matrix whose values have not arrived: it reads NaN."""
+        rows, columns = shape
+        codes = torch.zeros(rows, columns // 2, dtype=torch.uint8, device=device)
+        absmax = torch.full((rows, columns // BLOCK), float("nan"), device=device)
+        unset = cls(codes, absmax, torch.zeros(2, dtype=torch.int64, device=device))
+        unset.loaded = False
+        return unset
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """[O, I] in new memory; the override itself inside ``replaced``."""
@@ -58,7 +69,7 @@ class Packed:
         """Another one, of ``fn`` of every tensor."""
         other = Packed(fn(self.codes), None if self.absmax is None else fn(self.absmax), fn(self.source))
         other.scales = None if self.scales is None else nf4.Scales(*map(fn, self.scales))
-        other.sealed = self.sealed
+        other.loaded, other.sealed = self.loaded, self.sealed
         return other
 
     def become(self, other: Packed) -> None:
@@ -119,6 +130,8 @@ class PackedWeight(torch.Tensor):
                 return result
         for argument, value in zip(func._schema.arguments, args):
             if isinstance(value, PackedWeight) and argument.alias_info is not None and argument.alias_info.is_write:
+                if not value.packed.loaded:
+                    return value  # an initialiser: what matters is what is loaded, and it stays NaN until then
                 raise RuntimeError(f"{func} writes to a 4-bit base weight; only copy_ does, before training")
         args, kwargs = tree_map_only(PackedWeight, dense_of, (args, kwargs))
         return func(*args, **kwargs)
@@ -130,10 +143,15 @@ def dense_of(weight: torch.Tensor) -> torch.Tensor:
         return weight.packed.dense(weight.dtype) if isinstance(weight, PackedWeight) else weight.detach()
 
 
+def noted(weight: torch.Tensor) -> dict[str, Any]:
+    """The attributes that others have put on a parameter: how it is sharded, and the like."""
+    return {key: value for key, value in weight.__dict__.items() if key not in ("packed", "_is_param")}
+
+
 def _like(weight: PackedWeight, packed: Packed) -> PackedWeight:
     """With what Megatron has noted on the parameter: ``Module.to`` makes a new one of every tensor, moved or not."""
     other = PackedWeight(packed, weight.dtype)
-    other.__dict__.update({key: value for key, value in weight.__dict__.items() if key not in ("packed", "_is_param")})
+    other.__dict__.update(noted(weight))
     return other
 
 

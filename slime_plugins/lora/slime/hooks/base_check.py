@@ -8,11 +8,17 @@ from pathlib import Path
 from slime_plugins.lora.adapters import state_of
 from slime_plugins.lora.base import fingerprint
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
-from slime_plugins.lora.checkpoint.model import fingerprint_of_model
+from slime_plugins.lora.checkpoint.model import fingerprint_as_served, fingerprint_of_model
 from slime_plugins.lora.parallel import on_rank_0, rank
+from slime_plugins.lora.quantize import base_quant_of
 from slime_plugins.lora.slime.hooks.paths import step_dir
 
 logger = logging.getLogger(__name__)
+
+_DEQUANTIZE = (
+    "it trains in 4 bits: write its weights with `slime-lora dequantize`, give them as --hf-checkpoint and the dense "
+    "base as --ref-load"
+)
 
 
 def remember_base(model, path: str, step: int | None) -> None:
@@ -37,9 +43,13 @@ def refuse_other_base(model, hf_checkpoint: str) -> None:
     Raises:
         ValueError: they differ: an adapter trained on this base would be served on another one.
     """
-    if same_base(hf_checkpoint, None, model):
+    quant = base_quant_of(model)
+    if quant is not None:  # the same path is the dense base, on which the adapter was not trained
+        ours, way_out = {**fingerprint_as_served(model), "quantization": None}, _DEQUANTIZE
+    elif same_base(hf_checkpoint, None, model):
         return
-    ours = fingerprint_of_model(model)
+    else:
+        ours, way_out = fingerprint_of_model(model), "give the base as --hf-checkpoint"
 
     def compare() -> None:
         checkpoint = BaseCheckpoint(hf_checkpoint)
@@ -52,7 +62,7 @@ def refuse_other_base(model, hf_checkpoint: str) -> None:
         if found:
             raise ValueError(
                 f"--lora-sync adapter: the engines start from --hf-checkpoint {hf_checkpoint}, which is not the base "
-                f"that trains ({'; '.join(found)}); give the base as --hf-checkpoint, or use --lora-sync merged"
+                f"that trains ({'; '.join(found)}); {way_out}, or use --lora-sync merged"
             )
 
     if rank() == 0:

@@ -18,10 +18,12 @@ from pathlib import Path
 import torch
 
 from slime_plugins.lora.adapters import has_adapters
+from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.ends.export import export_peft
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.layers import hide_adapters
 from slime_plugins.lora.names import is_adapter
+from slime_plugins.lora.packing import finish_packing
 from slime_plugins.lora.slime.hooks import merged_sync
 from slime_plugins.lora.slime.hooks.base_check import remember_base
 from slime_plugins.lora.slime.hooks.paths import adapter_step_dir, step_dir
@@ -85,6 +87,9 @@ def _load(args: Namespace, model, optimizer, scheduler, load_base) -> int:
         _changed(args, load=str(base), ckpt_step=base_step, finetune=True, no_load_optim=True, no_load_rng=True),
     ):
         load_base()
+    quant = BaseQuant.from_args(args)
+    if quant is not None:
+        logger.info("LoRA: %s", finish_packing(model, quant))
     remember_base(model, base, base_step)
     logger.info("LoRA: base from %s", base)
     if resumed:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from slime_plugins.lora.arguments import add_lora_arguments, validate_lora_args
+from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.names import LINEARS, hf_names
@@ -243,7 +245,8 @@ def model_provider(get_provider):
 
         @functools.wraps(provider)
         def with_adapters(*more, **kwargs):
-            model = provider(*more, **kwargs)
+            with _packing_if(BaseQuant.from_args(args)):
+                model = provider(*more, **kwargs)
             chunks.append(model)
             if len(chunks) == (getattr(args, "virtual_pipeline_model_parallel_size", None) or 1):
                 _adapt(chunks, args, role)  # all chunks at once: a target may match in one of them alone
@@ -255,6 +258,15 @@ def model_provider(get_provider):
     return hooked
 
 
+def _packing_if(quant: BaseQuant | None) -> contextlib.AbstractContextManager:
+    """Build with codes in place of dense weights, if that is asked for."""
+    if quant is None:
+        return contextlib.nullcontext()
+    from slime_plugins.lora.packing import packing
+
+    return packing()
+
+
 def wants_adapters(args: Namespace, role: str) -> bool:
     """Does the model of this role get adapters?"""
     return bool(getattr(args, "use_lora", False)) and (role == "actor" or getattr(args, "lora_critic", False))
@@ -264,7 +276,11 @@ def _adapt(chunks: list, args: Namespace, role: str) -> None:
     import torch.distributed as dist
 
     from slime_plugins.lora.inject import apply_lora
+    from slime_plugins.lora.packing import keep_packed
 
+    quant = BaseQuant.from_args(args)
+    if quant is not None:
+        keep_packed(chunks, quant)
     report = apply_lora(chunks, LoRAConfig.from_args(args))
     if role == "critic":
         for chunk in chunks:
