@@ -144,6 +144,7 @@ def test_what_is_said_of_the_base(pool2, oracle):
     """Report, names and fingerprint are the dense model's; bytes; adapters off; ``merged`` and back."""
     path, weights, *_ = oracle
     packed, plain = (pool2.run(nf4_runs.facts, path, TOKENS, quant, tp=2)[0] for quant in (BaseQuant(), None))
+    assert packed["fingerprint"].pop("quantization") == BaseQuant().to_dict()
     for key in ("report", "names", "fingerprint"):
         assert packed[key] == plain[key]
     assert packed["merged"] <= 1e-5 and packed["restored"]
