@@ -9,6 +9,13 @@ import nf4_oracle
 import nf4_slime_runs
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from slime_plugins.lora.base.merge import merge_checkpoint
+from slime_plugins.lora.checkpoint.reader import AdapterCheckpoint
+from slime_plugins.lora.cli import main
+from slime_plugins.lora.cli.verify import table
+from slime_plugins.lora.peft.verify import verify_adapter
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +54,24 @@ def test_from_building_to_resuming(pool1, pool2, bases, tmp_path, dtype, sizes):
         count, on_dense = pool1.run(nf4_slime_runs.resumed_elsewhere, path, tmp_path, dtype)[0]
         assert count == 4
         assert "base nf4 with nested scales in the checkpoint, dense here" in on_dense
+        check_export(tmp_path, path, dense)
+
+
+def check_export(tmp_path, path, dense):
+    """The adapter says on what it was trained; merged, it lies on the dequantised base unless told otherwise."""
+    export = ["export", "--checkpoint", str(tmp_path / "ckpt"), "--hf-checkpoint", str(path), "--out"]
+    assert main([*export, str(tmp_path / "adapter")]) == 0
+    said = table(verify_adapter(tmp_path / "adapter", path))
+    assert "nf4 while it was trained: load it with BitsAndBytesConfig(load_in_4bit=True, " in said
+    assert said.endswith("ok")
+    projections = list(AdapterCheckpoint(tmp_path / "ckpt").projections())
+    for flags, base in (((), dense), (("--merge-onto", "original"), path)):
+        out = tmp_path / f"merged-{base.name}"
+        assert main([*export, str(out), "--merge", *flags]) == 0
+        merge_checkpoint(projections, base, tmp_path / f"expected-{base.name}")
+        merged, expected = (load_file(d / "model.safetensors") for d in (out, tmp_path / f"expected-{base.name}"))
+        assert merged.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())
 
 
 def test_a_checkpoint_without_a_weight(pool1, bases, tmp_path):

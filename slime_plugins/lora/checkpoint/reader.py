@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from slime_plugins.lora.base import fingerprint as base
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.checkpoint import directory
 from slime_plugins.lora.checkpoint.manifest import Manifest
 from slime_plugins.lora.checkpoint.storage import TensorReader
@@ -26,6 +27,12 @@ class AdapterCheckpoint:
         self.manifest = Manifest.read(self.path)
         self._reader = TensorReader.open(self.path)
         self._reader.check_files()
+
+    @property
+    def base_quant(self) -> BaseQuant | None:
+        """What the base was stored as; None: dense."""
+        noted = self.manifest.base.get("quantization")
+        return None if noted is None else BaseQuant(**noted)
 
     def projections(self) -> Iterator[Projection]:
         """Every adapted projection whole, in layer order, read one at a time."""

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.files.atomic import replaced_directory
 from slime_plugins.lora.files.torch_file import TorchFile
 from slime_plugins.lora.peft.checks import absent_targets, config_problems, tensor_problems
@@ -31,6 +32,7 @@ BIN = "adapter_model.bin"
 _SHA256 = "slime_lora.sha256"  # metadata: JSON, tensor name -> digest
 _CONFIG = "slime_lora.config"  # metadata: JSON, the fields of the config below that were set
 _BASE = "slime_lora.base"  # metadata: fingerprint of the base checkpoint
+_BASE_QUANT = "slime_lora.base_quant"  # metadata: JSON, what the base was stored as; absent: dense
 # Fields that change what the adapter computes. The others (base path, task type) may be edited freely.
 _MEANING = (
     "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
@@ -95,6 +97,12 @@ class AdapterTensors(Mapping[str, torch.Tensor]):
     def base_fingerprint(self) -> str | None:
         """``BaseCheckpoint.fingerprint`` of the base it was written for, if it was noted."""
         return self.metadata.get(_BASE)
+
+    @property
+    def base_quant(self) -> BaseQuant | None:
+        """What the base was stored as while the adapter was trained; None: dense, or not noted."""
+        noted = _json_object(self.path, self.metadata.get(_BASE_QUANT))
+        return None if noted is None else BaseQuant(**noted)
 
     def lost(self) -> list[str]:
         """Names that have a checksum and no tensor."""
@@ -165,14 +173,15 @@ def write_adapter(
     tensors: Mapping[str, torch.Tensor],
     *,
     base: str | os.PathLike | None = None,
+    base_quant: BaseQuant | None = None,
     inspect: Callable[[Path], None] | None = None,
 ) -> None:
     """Write an adapter directory, whole or not at all, after ``validate_adapter``.
 
     Keys are ``base_model.model.<module>.lora_A.weight`` [rank, in] and ``lora_B`` [out, rank]. An existing adapter in
     ``out_dir`` is replaced in one step; other files in the directory stay. ``base``: directory of the base
-    checkpoint, whose fingerprint then goes with the adapter. ``inspect`` is called with the finished directory before
-    it takes its place; if it raises, nothing has changed.
+    checkpoint, whose fingerprint then goes with the adapter, as does ``base_quant``, what it was stored as.
+    ``inspect`` is called with the finished directory before it takes its place; if it raises, nothing has changed.
 
     Raises:
         ValueError: the adapter is empty, partial, not finite or not what its config says; or ``out_dir`` holds
@@ -195,6 +204,8 @@ def write_adapter(
     }
     if base is not None:
         metadata[_BASE] = BaseCheckpoint(base).fingerprint()
+    if base_quant is not None:
+        metadata[_BASE_QUANT] = json.dumps(base_quant.to_dict())
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     with replaced_directory(out, drop=(CONFIG, SAFETENSORS, BIN)) as new:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -37,14 +37,17 @@ def dequantize_checkpoint(hf_checkpoint: str | os.PathLike, out: str | os.PathLi
         record = {"base_quant": quant.to_dict(), "made_from": base.fingerprint()}
         (new / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
-    rewrite(base, Path(out), set(names), through_codes(quant), inspect=note)
+    rewrite(base, Path(out), set(names), through_codes(quant, names), inspect=note)
     return len(names)
 
 
-def through_codes(quant: BaseQuant) -> Callable[[str, torch.Tensor], torch.Tensor]:
-    """Name, whole projection [O, I] -> what it is after quantisation, in its dtype."""
+def through_codes(quant: BaseQuant, names: Iterable[str]) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """Name, tensor -> what it is after quantisation, in its dtype; of other ``names``, as it is."""
+    packed = set(names)
 
     def change(name: str, weight: torch.Tensor) -> torch.Tensor:
+        if name not in packed:
+            return weight
         codes, absmax = nf4.encode(weight)
         if quant.double_quant:
             absmax = nf4.whole_scales(absmax).decode()
