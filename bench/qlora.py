@@ -103,7 +103,17 @@ def summarize(setting: Setting, shapes: Shapes, recompute: bool, ranks: list[dic
 
 
 def render(results: list[dict]) -> str:
-    header = ("tokens, setting", "recompute", "dense s", "NF4 s", "NF4/dense", "(quartiles)", "wall", "target", "bytes")
+    header = (
+        "tokens, setting",
+        "recompute",
+        "dense s",
+        "NF4 s",
+        "NF4/dense",
+        "(quartiles)",
+        "wall",
+        "target",
+        "bytes",
+    )
     rows = []
     for result in results:
         clock = result["wall" if torch.cuda.is_available() else "cpu"]

@@ -32,6 +32,8 @@ class ModelState:
     """slime.hooks: where the base was loaded from."""
     last_sync: Any = None
     """slime.hooks: what the last weight sync came to."""
+    compared_with_engines: bool = False
+    """slime.hooks: has the first step's log-prob difference been looked at?"""
     base_squares: dict[LoRALinear, torch.Tensor] = field(default_factory=dict)
     """slime.hooks: sum of squares of base weights."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 from argparse import Namespace
 from collections.abc import Iterator
@@ -82,12 +83,14 @@ def _load(args: Namespace, model, optimizer, scheduler, load_base) -> int:
     """Base, then adapters. Returns the iteration that slime goes on from, as its own loader does."""
     resumed = adapter_step_dir(args.load, args.ckpt_step) is not None
     base, base_step = base_source(args)
+    quant = BaseQuant.from_args(args)
+    if quant is not None:
+        _refuse_quantised(base)
     with (
         _base_only(model),
         _changed(args, load=str(base), ckpt_step=base_step, finetune=True, no_load_optim=True, no_load_rng=True),
     ):
         load_base()
-    quant = BaseQuant.from_args(args)
     if quant is not None:
         logger.info("LoRA: %s", finish_packing(model, quant))
     remember_base(model, base, base_step)
@@ -114,6 +117,15 @@ def _resume(args: Namespace, model, optimizer, scheduler) -> int:
     )
     logger.info("LoRA: adapters of step %s from %s%s", loaded.step, args.load, ", optimizer fresh" * fresh)
     return 0 if args.finetune else loaded.step or 0
+
+
+def _refuse_quantised(base: str) -> None:
+    config = Path(base) / "config.json"
+    if config.is_file() and "quantization_config" in json.loads(config.read_bytes()):
+        raise UsageError(
+            f"{base} is quantised already, which slime cannot load; give the dense checkpoint: --lora-base-quant nf4 "
+            "makes the same codes of it"
+        )
 
 
 def base_source(args: Namespace) -> tuple[str, int | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from pathlib import Path
 
 from slime_plugins.lora.arguments import add_lora_arguments, validate_lora_args
@@ -72,6 +72,7 @@ def _add_slime_only(parser: ArgumentParser) -> None:
     )
     add("--lora-export-dir", default=None, metavar="DIR", help="write a PEFT adapter below it with every checkpoint")
     add("--lora-critic", action="store_true", help="adapters and value head on the critic too (else it trains whole)")
+    add("--optim", default=None, help=SUPPRESS)  # of QLoRA scripts; see ``_refuse``
     add("--lora-save-merged", action="store_true", help="--save-hf: the merged model in merged/, beside the adapter")
 
 
@@ -122,6 +123,12 @@ def _refuse(args: Namespace) -> None:
     adapter_sync = args.lora_sync == "adapter"
     transport = getattr(args, "update_weight_transport", None)
     for wrong, reason in (
+        (
+            getattr(args, "optim", None),
+            f"--optim {getattr(args, 'optim', None)} is not Megatron's; drop it: adapters take 12 bytes of optimizer "
+            "state per parameter over the data-parallel ranks (21 MiB a GPU for Qwen3-32B, rank 8 on q, k, v, o, DP 8), "
+            "so there is nothing to page",
+        ),
         (
             not args.lora_only_trainable,
             "--no-lora-only-trainable trains the base, which slime's reference policy and checkpoints take to be "
