@@ -3,8 +3,8 @@
     python bench/qlora.py                       hidden 1024, 128, 512 and 2048 tokens, TP=1; a few minutes
     python bench/qlora.py --tokens 512 --rounds 20 --settings TP=2
 
-The two take turns, as in step_time.py; a ratio is the median over the rounds of the ratio within a round. Bytes: of the
-base's weights on a rank. Needs bitsandbytes.
+The two take turns, as in step_time.py; a ratio is the median over the rounds of the ratio within a round. Bytes: of
+the base's weights on a rank. Needs bitsandbytes.
 """
 
 from __future__ import annotations

@@ -126,8 +126,8 @@ def _refuse(args: Namespace) -> None:
         (
             getattr(args, "optim", None),
             f"--optim {getattr(args, 'optim', None)} is not Megatron's; drop it: adapters take 12 bytes of optimizer "
-            "state per parameter over the data-parallel ranks (21 MiB a GPU for Qwen3-32B, rank 8 on q, k, v, o, DP 8), "
-            "so there is nothing to page",
+            "state per parameter over the data-parallel ranks (21 MiB a GPU for Qwen3-32B, rank 8 on q, k, v, o, "
+            "DP 8), so there is nothing to page",
         ),
         (
             not args.lora_only_trainable,

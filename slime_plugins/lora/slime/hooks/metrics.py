@@ -25,7 +25,7 @@ from slime_plugins.lora.quantize import base_quant_of
 logger = logging.getLogger(__name__)
 
 ANOTHER_BASE = 0.1
-"""Mean |log-prob difference|: bf16 noise is 0.03, a dense base under an adapter of its 4-bit form 0.59 (docs/qlora.md)."""
+"""Mean |log-prob difference|: bf16 noise is 0.03; an adapter of a 4-bit base on the dense one 0.59 (docs/qlora.md)."""
 SAMPLED = 8
 """Linears per pipeline stage whose base norm is read, once."""
 
@@ -57,8 +57,8 @@ def _warn_of_another_base(model, losses) -> None:
     difference = float(losses[key])
     if difference > ANOTHER_BASE:
         logger.warning(
-            "LoRA: train_rollout_logprob_abs_diff is %.3f at the first step, more than the %.1f that is to be expected "
-            "of engines on the 4-bit base: do they hold its dequantised weights (--lora-sync merged sends them)?",
+            "LoRA: train_rollout_logprob_abs_diff is %.3f at the first step, more than the %.1f that is to be "
+            "expected of engines on the 4-bit base: do they hold its dequantised weights, as --lora-sync merged sends?",
             difference,
             ANOTHER_BASE,
         )
