@@ -125,3 +125,12 @@ def test_a_rehearsal_on_codes(tmp_path):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["logits_max_abs_diff"] <= 1e-5
     assert summary["settings"]["base_quant"] == BaseQuant(exclude=("linear_proj",)).to_dict()
+
+
+@pytest.mark.slow
+def test_a_rehearsal_on_codes_learns(tmp_path):
+    with Rehearsal(tmp_path / "out", tmp_path / "cache", "--lora-base-quant", "nf4", "--tp", "1") as run:
+        code, text = run.wait()
+    assert code == 0, text
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["reward_last"] >= 0.9 > 0.4 > summary["reward_first"]

@@ -23,7 +23,8 @@ def references(tmp_path_factory):
     def get(family):
         if family not in cache:
             with moe_models.sizes(**nf4_oracle.MOE_SIZES):
-                path = moe_models.make_checkpoint(tmp_path_factory.mktemp(family), family)
+                unused = (4, 5, 6, 7) if family == "glm4_moe" else ()
+                path = moe_models.make_checkpoint(tmp_path_factory.mktemp(family), family, unused_experts=unused)
                 weights = nf4_oracle.through_codes(path, moe_models.linears(path))
                 dense = nf4_oracle.dense_copy(path, weights, tmp_path_factory.mktemp("dense") / family)
                 values = moe_reference.values_of(path, moe_runs.RANK, "split")
@@ -43,6 +44,8 @@ def references(tmp_path_factory):
     [
         ("deepseek_v3", True, "tp2-ep2-etp2"),
         pytest.param("qwen3_moe", False, "tp2-ep2-etp2", marks=pytest.mark.slow),
+        pytest.param("glm4_moe", False, "ep2", marks=pytest.mark.slow, id="experts-without-tokens"),
+        pytest.param("glm4_moe", True, "ep2", marks=pytest.mark.slow, id="te-experts-without-tokens"),
         pytest.param("qwen3_moe", True, "ep4", marks=pytest.mark.slow),
         pytest.param("qwen3_next", True, "tp2-etp1", marks=pytest.mark.slow),
         pytest.param("deepseek_v3", True, "pp2-ep2", marks=pytest.mark.slow),

@@ -13,8 +13,9 @@ import torch
 from harness import Layout
 from nf4_runs import watched
 from slime_hooks_on_ranks import adapter_values, logits, tokens
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from slime_plugins.lora import LoRAConfig, adapters_disabled, add_lora_arguments, apply_lora, merged
+from slime_plugins.lora import LoRAConfig, adapters_disabled, add_lora_arguments, apply_lora, merged, packing
 from slime_plugins.lora.adapters import iter_adapters
 from slime_plugins.lora.base.decoder import HFBase, Weights
 from slime_plugins.lora.quant.packed import PackedWeight
@@ -43,15 +44,26 @@ def build(layout: Layout, args: Namespace, dtype=torch.float32):
     from slime_plugins.lora.slime.hooks.launch import model_provider
 
     load_base, rehearsal.load_base = rehearsal.load_base, lambda *_: None
+    register, made = packing._registered, []
+
+    def counted(module, name, parameter):
+        """Notes the linears' dense weights that are alive when one more is registered."""
+        packed = register(module, name, parameter)
+        if packed is not None:
+            most["alive"] = max(most["alive"], sum(not ref.expired() for ref in made))
+            made.append(StorageWeakRef(parameter.untyped_storage()))
+        return packed
 
     def provide(*_, **__):
         (chunk,) = rehearsal.build_chunks(args.hf_checkpoint, dtype=dtype, sequence_parallel=layout.sp)
         return chunk
 
+    most, packing._registered = {"alive": 0}, counted
     try:
         chunks = [model_provider(lambda args, role: provide)(args, "actor")()]
     finally:
-        rehearsal.load_base = load_base
+        rehearsal.load_base, packing._registered = load_base, register
+    assert made and most["alive"] == 0, most
     model = adapted.wrap(chunks)
     return model, adapted.optimizer_for(model, bf16=dtype == torch.bfloat16)
 

@@ -36,14 +36,15 @@ class _Hold:
     def before(self, module: torch.nn.Module, args: tuple) -> None:
         with contextlib.ExitStack() as stack:
             kept: dict[int, tuple[_Again, PackedWeight]] = {}
+            empty = _is_empty(args)
             for name in self._names:
                 packed: Any = _packed(module, name)
-                dense = dense_of(packed)
+                dense = _nothing_of(packed) if empty else dense_of(packed)
                 stand_in = torch.nn.Parameter(dense, requires_grad=False)
                 stand_in.__dict__.update(noted(packed))
                 module._parameters[name] = stand_in
                 stack.callback(module._parameters.__setitem__, name, packed)
-                if packed.packed.override is None:
+                if packed.packed.override is None and not empty:
                     stack.callback(_free, dense)
                     kept[dense.untyped_storage().data_ptr()] = self._again[name], packed
             if torch.is_grad_enabled():
@@ -54,6 +55,16 @@ class _Hold:
         stack, self._open = self._open, None
         if stack is not None:  # None: ``before`` itself has failed
             stack.close()
+
+
+def _is_empty(args: tuple) -> bool:
+    """Has the linear no rows to multiply: an expert of a SequentialMLP without tokens?"""
+    return bool(args) and isinstance(args[0], torch.Tensor) and args[0].numel() == 0
+
+
+def _nothing_of(packed: PackedWeight) -> torch.Tensor:
+    """Of the shape of a matrix that multiplies nothing: one element of memory."""
+    return torch.zeros((), dtype=packed.dtype, device=packed.device).expand(packed.shape)
 
 
 def _packed(module: torch.nn.Module, name: str) -> PackedWeight:

@@ -58,7 +58,7 @@ def _warn_of_another_base(model, losses) -> None:
     if difference > ANOTHER_BASE:
         logger.warning(
             "LoRA: train_rollout_logprob_abs_diff is %.3f at the first step, more than the %.1f that is to be "
-            "expected of engines on the 4-bit base: do they hold its dequantised weights, as --lora-sync merged sends?",
+            "expected of engines on the 4-bit base: do they hold its dequantised weights (--lora-sync merged)?",
             difference,
             ANOTHER_BASE,
         )
