@@ -63,15 +63,39 @@ def keep_packed(model: Any, quant: BaseQuant) -> None:
     for chunk in chunks:
         for module in chunk.modules():
             for name, parameter in _parameters(module):
-                if isinstance(parameter, PackedWeight) and id(parameter) not in kept:
-                    module._parameters[name] = _unpacked(parameter)
+                if id(parameter) not in kept and isinstance(parameter, PackedWeight):
+                    module._parameters[name] = _unpacked(parameter, parameter.device)
 
 
-def _unpacked(packed: Any) -> torch.nn.Parameter:
-    values = torch.full(packed.shape, float("nan"), dtype=packed.dtype, device=packed.device)
+def _unpacked(packed: Any, device: torch.device) -> torch.nn.Parameter:
+    values = torch.full(packed.shape, float("nan"), dtype=packed.dtype, device=device)
     dense = torch.nn.Parameter(values, requires_grad=packed.was_trainable)
     dense.__dict__.update(noted(packed))
     return dense
+
+
+@contextlib.contextmanager
+def dense_on_host(model: Any) -> Iterator[None]:
+    """Inside, unset weights are dense ones in host memory, for a loader that writes to parts of a tensor (torch_dist).
+
+    On exit each is quantised. So the whole model is in host memory for a while, and never on the device.
+    """
+    swapped = []
+    for chunk in chunks_of(model):
+        for one in matrices_of(chunk):
+            packed = one.parameter
+            if isinstance(packed, PackedWeight) and not packed.packed.loaded:
+                one.base.module._parameters[one.attribute] = _unpacked(packed, torch.device("cpu")).requires_grad_(
+                    False
+                )
+                swapped.append((one.base.module, one.attribute, packed))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, attribute, packed in swapped:
+                dense, module._parameters[attribute] = module._parameters[attribute], packed
+                packed.copy_(dense)
 
 
 def finish_packing(model: Any, quant: BaseQuant) -> QuantReport:

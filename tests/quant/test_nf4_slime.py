@@ -80,6 +80,14 @@ def test_a_checkpoint_without_a_weight(pool1, bases, tmp_path):
     assert "has no weights for module.decoder.layers.0.mlp.linear_fc1.weight; is it" in message
 
 
+def test_loaded_in_parts(pool2, bases, tmp_path):
+    path, dense = bases(torch.bfloat16)
+    expected = load_file(dense / "model.safetensors")
+    found, _ = pool2.run(nf4_slime_runs.loaded_in_parts, path, tmp_path, tp=2)
+    assert len(found) == 8  # the adapted linears: q, k, v and down
+    assert [name for name, weight in found.items() if not torch.equal(weight, expected[f"{name}.weight"])] == []
+
+
 def test_excluded(pool1, bases, tmp_path):
     path, _ = bases(torch.float32)
     packed, logits = pool1.run(nf4_slime_runs.excluded, path, tmp_path)[0]

@@ -11,13 +11,22 @@ import adapted
 import slime_stand_ins
 import torch
 from harness import Layout
-from nf4_runs import watched
+from nf4_runs import watched, whole_weights
 from slime_hooks_on_ranks import adapter_values, logits, tokens
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from slime_plugins.lora import LoRAConfig, adapters_disabled, add_lora_arguments, apply_lora, merged, packing
+from slime_plugins.lora import (
+    BaseQuant,
+    LoRAConfig,
+    adapters_disabled,
+    add_lora_arguments,
+    apply_lora,
+    merged,
+    packing,
+)
 from slime_plugins.lora.adapters import iter_adapters
 from slime_plugins.lora.base.decoder import HFBase, Weights
+from slime_plugins.lora.layers import hide_adapters
 from slime_plugins.lora.quant.packed import PackedWeight
 from slime_plugins.lora.rehearsal import model as rehearsal
 
@@ -172,6 +181,19 @@ def resumed_elsewhere(layout: Layout, hf_dir, work, dtype):
     load(args, model, optimizer)
     dense = adapted.wrap(rehearsal.build_chunks(hf_dir, dtype=dtype, apply=lambda chunks: apply_lora(chunks, CONFIG)))
     return len(list(iter_adapters(model))), _raised(lambda: load_adapter(dense, args.save, restore_rng=False))
+
+
+def loaded_in_parts(layout: Layout, hf_dir, work):
+    """Whole weights after a load that writes to slices of each tensor, as Megatron's torch_dist does."""
+    args = arguments(hf_dir, work)
+    model, _ = build(layout, args, torch.bfloat16)
+    values = rehearsal.build_chunks(hf_dir, dtype=torch.bfloat16)[0].state_dict()
+    with torch.no_grad(), hide_adapters(model[0]), packing.dense_on_host(model):
+        for name, parameter in model[0].module.named_parameters():
+            for ours, theirs in zip(parameter.data.chunk(2), values[name].chunk(2)):
+                ours.copy_(theirs)
+    packing.finish_packing(model, BaseQuant())
+    return whole_weights(model)
 
 
 def incomplete(layout: Layout, hf_dir, work, leave_out: str):

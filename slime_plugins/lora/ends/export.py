@@ -16,6 +16,7 @@ from slime_plugins.lora.parallel import everywhere, expert_group, gather_on_firs
 from slime_plugins.lora.peft.directory import write_adapter
 from slime_plugins.lora.peft.form import to_peft
 from slime_plugins.lora.projections import Projection
+from slime_plugins.lora.quant.dequantize import RECORD as DEQUANTISED
 from slime_plugins.lora.quantize import base_quant_of
 
 
@@ -44,7 +45,9 @@ def export_peft(
         refuse_trained_base(model)
         if projections is not None and rank() == 0:
             adapter = to_peft(projections, hf_checkpoint, dropout=config_of(model).dropout, moe_format=moe_format)
-            write_adapter(out_dir, *adapter, base=hf_checkpoint, base_quant=base_quant_of(model))
+            served_dense = (Path(hf_checkpoint) / DEQUANTISED).is_file()
+            quant = None if served_dense else base_quant_of(model)
+            write_adapter(out_dir, *adapter, base=hf_checkpoint, base_quant=quant)
 
     everywhere(write)
     return Path(out_dir)

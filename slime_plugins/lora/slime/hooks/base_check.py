@@ -53,6 +53,11 @@ def refuse_other_base(model, hf_checkpoint: str) -> None:
 
     def compare() -> None:
         checkpoint = BaseCheckpoint(hf_checkpoint)
+        if "quantization_config" in checkpoint.config and quant is not None:
+            raise ValueError(
+                f"--lora-sync adapter: --hf-checkpoint {hf_checkpoint} is quantised, and it is not known whether "
+                f"engines make the base of it that trains; {way_out}, or use --lora-sync merged"
+            )
         if "quantization_config" in checkpoint.config:
             logger.warning("LoRA: %s is quantised: it is not known whether it is the base that trains", hf_checkpoint)
             return

@@ -24,7 +24,7 @@ from slime_plugins.lora.ends.export import export_peft
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.layers import hide_adapters
 from slime_plugins.lora.names import is_adapter
-from slime_plugins.lora.packing import finish_packing
+from slime_plugins.lora.packing import dense_on_host, finish_packing
 from slime_plugins.lora.slime.hooks import merged_sync
 from slime_plugins.lora.slime.hooks.base_check import remember_base
 from slime_plugins.lora.slime.hooks.paths import adapter_step_dir, step_dir
@@ -88,6 +88,7 @@ def _load(args: Namespace, model, optimizer, scheduler, load_base) -> int:
         _refuse_quantised(base)
     with (
         _base_only(model),
+        dense_on_host(model) if quant is not None and not _is_hf(base) else contextlib.nullcontext(),
         _changed(args, load=str(base), ckpt_step=base_step, finetune=True, no_load_optim=True, no_load_rng=True),
     ):
         load_base()
@@ -119,9 +120,12 @@ def _resume(args: Namespace, model, optimizer, scheduler) -> int:
     return 0 if args.finetune else loaded.step or 0
 
 
+def _is_hf(base: str) -> bool:
+    return (Path(base) / "config.json").is_file()
+
+
 def _refuse_quantised(base: str) -> None:
-    config = Path(base) / "config.json"
-    if config.is_file() and "quantization_config" in json.loads(config.read_bytes()):
+    if _is_hf(base) and "quantization_config" in json.loads((Path(base) / "config.json").read_bytes()):
         raise UsageError(
             f"{base} is quantised already, which slime cannot load; give the dense checkpoint: --lora-base-quant nf4 "
             "makes the same codes of it"
