@@ -16,8 +16,12 @@ from rehearsals import TINY, Rehearsal
 from safetensors.torch import load_file
 
 from slime_plugins.lora import BaseQuant, add_lora_arguments, validate_lora_args
-from slime_plugins.lora.cli import main
+from slime_plugins.lora.cli import main, rehearse
 from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.peft.directory import write_adapter
+from slime_plugins.lora.peft.form import to_peft
+from slime_plugins.lora.projections import Projection
+from slime_plugins.lora.rehearsal.preflight import prepare
 
 
 @pytest.mark.parametrize("flags, double_quant", [((), True), (("--no-bnb-4bit-use-double-quant",), False)])
@@ -113,13 +117,55 @@ def test_plan_of_a_32b_model_at_home(tmp_path, capsys):
     assert "key/value heads" in capsys.readouterr().err
 
 
+@pytest.fixture
+def own(tmp_path_factory, tmp_path):
+    """What a rehearsal on a base of one's own is given."""
+    path = nf4_oracle.checkpoint(tmp_path_factory, head_dim=16, ffn=768)  # o_proj: 128 inputs
+    (tmp_path / "prompts.jsonl").write_text('{"input": "t5 t6", "label": "t7"}\n')
+    given = dict(hf_checkpoint=str(path), prompt_data=str(tmp_path / "prompts.jsonl"), rollout_max_response_len=8)
+    return given | dict(out=str(tmp_path / "out"), tp=1)
+
+
+def prepared(given: dict):
+    lines: list[str] = []
+    return prepare(given, lines.append), "\n".join(lines)
+
+
+def test_a_rehearsal_knows_its_base(own, tmp_path):
+    assert prepared(own)[0].base_quant is None
+    nf4 = {**own, "lora_base_quant": "nf4"}
+    assert prepared(nf4)[0].base_quant == BaseQuant()
+    with pytest.raises(UsageError, match=r"linear_proj: 128 inputs cut in 4 .*-parallel size that divides 2"):
+        prepared({**nf4, "tp": 4})
+    settings, _ = prepared({**nf4, "tp": 4, "lora_base_quant_exclude": ["linear_proj"]})
+    assert settings.base_quant == BaseQuant(exclude=("linear_proj",))
+    (tmp_path / "settings.json").write_text(json.dumps(settings.to_dict()))
+    assert prepared(rehearse._read_config(str(tmp_path / "settings.json")))[0] == settings
+    assert settings.namespace().lora_base_quant == "nf4"
+    with pytest.raises(UsageError, match="--lora-base-quant-exclude given without --lora-base-quant nf4"):
+        prepared({**own, "lora_base_quant_exclude": ["linear_proj"]})
+
+
+def test_a_start_brings_its_base(own, tmp_path):
+    """An adapter of a 4-bit base, imported: the checkpoint says so, and a rehearsal goes on with that base."""
+    base, plain = own["hf_checkpoint"], BaseQuant(double_quant=False)
+    names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+    adapter = to_peft([Projection(n, torch.ones(2, 192), torch.ones(128, 2), 0.5) for n in names], base)
+    write_adapter(tmp_path / "peft", *adapter, base=base, base_quant=plain)
+    command = ["import", "--adapter", str(tmp_path / "peft"), "--hf-checkpoint", base, "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    for start in ("load", "lora_adapter_path"):
+        settings, said = prepared({**own, start: str(tmp_path / "run")})
+        assert settings.base_quant == plain
+        assert "--lora-base-quant nf4 --no-lora-base-double-quant" in said
+        with pytest.raises(UsageError, match="leave them out, or give: --lora-base-quant nf4 --no-lora-base-double-"):
+            prepared({**own, start: str(tmp_path / "run"), "lora_base_quant": "nf4"})
+
+
 def test_a_rehearsal_on_codes(tmp_path):
     """Rollouts and training have one base: the logits agree as on a dense one."""
-    cache, quant = tmp_path / "cache", ("--lora-base-quant", "nf4", "--tp", "2")
-    with Rehearsal(tmp_path / "refused", cache, *TINY, *quant) as run:
-        code, text = run.wait()
-    assert code == 2 and "linear_proj: 64 inputs cut in 2" in text and "use tensor-parallel size 1, or" in text
-    with Rehearsal(tmp_path / "out", cache, *TINY, *quant, "--lora-base-quant-exclude", "linear_proj") as run:
+    quant = ("--lora-base-quant", "nf4", "--tp", "2", "--lora-base-quant-exclude", "linear_proj")
+    with Rehearsal(tmp_path / "out", tmp_path / "cache", *TINY, *quant) as run:
         code, text = run.wait()
     assert code == 0, text
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
