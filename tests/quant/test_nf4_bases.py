@@ -27,7 +27,7 @@ from slime_plugins.lora.peft.verify import verify_adapter
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """The checkpoint, what the verb makes of it, and copies of both with another value in a packed matrix or a norm."""
+    """The checkpoint, what the verb makes of it, and copies of both with another value in a matrix or a norm."""
     path, work = nf4_oracle.checkpoint(tmp_path_factory, dtype=torch.bfloat16), tmp_path_factory.mktemp("bases")
     assert main(["dequantize", "--hf-checkpoint", str(path), "--out", str(work / "dense")]) == 0
     changed = {"matrix": "model.layers.1.mlp.up_proj.weight", "norm": "model.layers.0.input_layernorm.weight"}
