@@ -20,7 +20,7 @@ import torch
 from slime_plugins.lora.base.quantization import BLOCK, BaseQuant
 from slime_plugins.lora.layers import kind_of
 from slime_plugins.lora.layers.frozen import FrozenRouter
-from slime_plugins.lora.parallel import chunks_of
+from slime_plugins.lora.parallel import chunks_of, everywhere
 from slime_plugins.lora.quant.packed import Packed, PackedWeight, noted
 from slime_plugins.lora.quantize import Plan, QuantReport, compress, matrices_of, planned
 
@@ -102,15 +102,19 @@ def finish_packing(model: Any, quant: BaseQuant) -> QuantReport:
     """End of loading of a model that was built inside ``packing``, wrapped or not.
 
     Collectives:
-        per matrix an all_gather over its tensor-parallel group.
+        one all_gather_object over the world; per matrix an all_gather over its tensor-parallel group.
     Raises:
-        ValueError: a weight into which nothing was loaded, on the rank that has it.
+        ValueError: a weight into which nothing was loaded.
     """
     chunks = chunks_of(model)
     matrices = tuple(one for chunk in chunks for one in matrices_of(chunk) if isinstance(one.parameter, PackedWeight))
-    for one in matrices:
-        if not one.parameter.packed.loaded:
-            raise ValueError(f"{one.name}: nothing was loaded into this 4-bit base weight")
+
+    def check() -> None:
+        for one in matrices:
+            if not one.parameter.packed.loaded:
+                raise ValueError(f"{one.name}: nothing was loaded into this 4-bit base weight")
+
+    everywhere(check)
     return compress(chunks, Plan(matrices, ()), quant)
 
 

@@ -128,9 +128,9 @@ def whole_life(layout: Layout, hf_dir, dense_dir, work, dtype):
     store = Policies(args, model)
     store.backup("actor")
     live = dict(common.named_params_and_buffers(args, model))
-    gather_one = hooks.merging_one(slime_stand_ins.all_gather_param)
+    gather_one = hooks.merging_one(_all_gather_dense)
     gather_bucket = hooks.merging_bucket(
-        lambda infos, weights: [slime_stand_ins.all_gather_param(i, _like(weights[i], live[i])) for i in infos]
+        lambda infos, weights: [_all_gather_dense(i, _like(weights[i], live[i])) for i in infos]
     )
     names = sorted(live)
     with hooks.sending(model, store):
@@ -210,6 +210,12 @@ def excluded(layout: Layout, hf_dir, work):
     load(args, model, optimizer)
     named = model[0].module.named_parameters()
     return sorted({name.rsplit(".", 2)[-2] for name, p in named if isinstance(p, PackedWeight)}), logits(model)
+
+
+def _all_gather_dense(name: str, param) -> torch.Tensor:
+    """slime's, which hands tensors to collectives that know no codes."""
+    assert not isinstance(param, PackedWeight), name
+    return slime_stand_ins.all_gather_param(name, param)
 
 
 def _like(tensor: torch.Tensor, parameter) -> torch.nn.Parameter:
