@@ -69,8 +69,8 @@ class FrozenLinear:
         return len(self.parameters)
 
     def stored(self) -> list[torch.Tensor]:
-        """The same [O, I] matrices as they are stored: those in codes are not dequantised."""
-        return list(self.parameters)
+        """The same matrices, those in codes as they are: ``PackedWeight``, not dequantised."""
+        return [p if isinstance(p, PackedWeight) else self.dense(i) for i, p in enumerate(self.parameters)]
 
     @contextlib.contextmanager
     def replaced(self, dense: list[torch.Tensor]) -> Iterator[None]:
