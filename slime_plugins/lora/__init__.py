@@ -12,6 +12,8 @@ _PUBLIC = {
     "load_base": "rehearsal.load",
     "apply_lora": "inject",
     "LoRAReport": "inject",
+    "BaseQuant": "base.quantization",
+    "quantize_base": "quantize",
     "adapters_disabled": "adapters",
     "merged": "adapters",
     "save_adapter": "checkpoint.save",

@@ -26,14 +26,16 @@ class ModelState:
     config: LoRAConfig
     pending_save: Any = None
     """checkpoint.save: the asynchronous save that has not been published."""
-    fingerprint: Any = None
-    """checkpoint.model: of the base, with what tells whether the base has changed since."""
+    fingerprints: dict[bool, Any] = field(default_factory=dict)
+    """checkpoint.model: of what a 4-bit base was made of (True), as it multiplies (False); and when it was taken."""
     compared: Any = None
     """checkpoint.model: the directory that the base was compared with last, and what differed."""
     base_source: str | None = None
     """slime.hooks: where the base was loaded from."""
     last_sync: Any = None
     """slime.hooks: what the last weight sync came to."""
+    compared_with_engines: bool = False
+    """slime.hooks: has the first step's log-prob difference been looked at?"""
     base_squares: dict[LoRALinear, torch.Tensor] = field(default_factory=dict)
     """slime.hooks: sum of squares of base weights."""
 

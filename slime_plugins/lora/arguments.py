@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Collection
 from typing import Any
 
+from slime_plugins.lora.base.quantization import FORMS, BaseQuant, check_flags
 from slime_plugins.lora.config import DTYPES, INITS, LAYOUTS, LoRAConfig
 from slime_plugins.lora.errors import UsageError
 
@@ -65,6 +66,7 @@ def add_lora_arguments(parser: argparse.ArgumentParser, *, hide: Collection[str]
     add("--lora-dtype", choices=DTYPES, default=None, help="of the adapter (default: the base weight's)")
     add("--lora-rank-pattern", type=_json_object, default={}, metavar="JSON", help="e.g. '{\"linear_fc1\": 32}'")
     add("--lora-alpha-pattern", type=_json_object, default={}, metavar="JSON", help="e.g. '{\"linear_fc1\": 64}'")
+    _add_base_arguments(parser.add_argument_group("the base under LoRA", "what its frozen weights are stored as"))
     for action in parser._actions:
         if action.dest in hide:
             action.help = argparse.SUPPRESS
@@ -105,6 +107,57 @@ def lora_flags(config: LoRAConfig) -> str:
     return shlex.join(words)
 
 
+def _add_base_arguments(group) -> None:
+    add = group.add_argument
+    add(
+        "--lora-base-quant",
+        choices=("none", *FORMS),
+        default="none",
+        help="nf4: the weights of decoder linears in 4 bits, the bits of bitsandbytes (default: %(default)s)",
+    )
+    add("--load-in-4bit", dest="lora_base_quant", action="store_const", const="nf4", help="the same as nf4")
+    add_quant_details(group)
+
+
+def add_quant_details(group) -> None:
+    """The flags of ``base.quantization.BaseQuant`` but its form."""
+    add = group.add_argument
+    add(
+        *("--lora-base-double-quant", "--bnb-4bit-use-double-quant"),
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the codes' scales in 8 bits: 0.516 bytes a weight instead of 0.5625 (default)",
+    )
+    add(
+        "--lora-base-quant-exclude",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="linears that stay dense, named as --lora-target-modules names them",
+    )
+
+
+def base_args(quant: BaseQuant | None) -> dict[str, Any]:
+    """Destination -> value of the flags that give this base; ``BaseQuant.from_args`` read backwards."""
+    form = "none" if quant is None else quant.form
+    quant = quant or BaseQuant()
+    return {
+        "lora_base_quant": form,
+        "lora_base_double_quant": quant.double_quant,
+        "lora_base_quant_exclude": list(quant.exclude),
+    }
+
+
+def base_flags(quant: BaseQuant | None) -> str:
+    """The same as command line flags, for a shell."""
+    if quant is None:
+        return "--lora-base-quant none"
+    words = ["--lora-base-quant", quant.form]
+    words += [] if quant.double_quant else ["--no-lora-base-double-quant"]
+    words += ["--lora-base-quant-exclude", *quant.exclude] if quant.exclude else []
+    return shlex.join(words)
+
+
 def validate_lora_args(args: argparse.Namespace) -> None:
     """Check the LoRA flags against each other and the trainer's.
 
@@ -119,6 +172,7 @@ def validate_lora_args(args: argparse.Namespace) -> None:
             raise UsageError(f"{', '.join(given)} given without --use-lora; add --use-lora, or drop them")
         return
     LoRAConfig.from_args(args)
+    check_flags(args)
     lr = getattr(args, "lr", None)
     if lr is not None and 0 < lr < LOW_LR:
         warnings.warn(

@@ -4,7 +4,8 @@ Bytes per trainable parameter of Megatron's mixed precision with the distributed
 
     weight 2 (bf16)   gradient 4 (fp32 buffer)   optimizer 12 / D (fp32 master, two moments)
 
-A float32 weight is its own master: 4, 4 and 8 / D. A frozen parameter has its weight alone. Without activations.
+A float32 weight is its own master: 4, 4 and 8 / D. A frozen parameter has its weight alone, dense or in
+4 bits (``base.quantization``). Without activations.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
+from slime_plugins.lora.base.quantization import BaseQuant, check_checkpoint, dense_modules
 from slime_plugins.lora.config import LoRAConfig
-from slime_plugins.lora.names import LINEARS, hf_names, record_of
+from slime_plugins.lora.names import LINEARS, hf_names, megatron_name, record_of
 from slime_plugins.lora.parameters import lora_parameters
 from slime_plugins.lora.targets import Targets, check_all_matched
 
@@ -76,6 +78,7 @@ def cost_of(
     dp: int = 1,
     dtype: str = "bfloat16",
     freeze_base: bool = True,
+    base_quant: BaseQuant | None = None,
 ) -> Cost:
     """Cost of training one dense model.
 
@@ -83,19 +86,21 @@ def cost_of(
         shapes: Hugging Face name -> shape of every tensor of the base; tied heads once.
         tp, pp, dp: must split the model evenly (not checked here).
         dtype: of the base; the adapter's own is ``config.dtype`` if set.
+        base_quant: what decoder linears are stored as; None: as ``dtype``. Not of full training.
     Raises:
-        UsageError: a target that names nothing.
+        UsageError: a target that names nothing, a base that does not divide into blocks.
     """
     adapters = list(_adapters(shapes, config, num_layers, tp))
     adapter_dtype = config.dtype or dtype
     stages = [_stage_elements(shapes, num_layers, tied, tp, pp, stage) for stage in range(pp)]
     locals_ = [sum(a.local for a in adapters if a.layer * pp // num_layers == stage) for stage in range(pp)]
+    saved = [_saved(shapes, base_quant, num_layers, tp, pp, stage, BYTES[dtype]) for stage in range(pp)]
     nothing = RankCost(0, 0, 0, 0)
     trained_base = [nothing if freeze_base else _training(base, dtype, dp) for base in stages]
     trained_adapter = [_training(local, adapter_dtype, dp) for local in locals_]
     lora = [
-        RankCost(base * BYTES[dtype], a.adapter_weights, a.gradients + b.gradients, a.optimizer + b.optimizer)
-        for base, a, b in zip(stages, trained_adapter, trained_base)
+        RankCost(base * BYTES[dtype] - less, a.adapter_weights, a.gradients + b.gradients, a.optimizer + b.optimizer)
+        for base, less, a, b in zip(stages, saved, trained_adapter, trained_base)
     ]
     full = [dataclasses.replace(_training(base, dtype, dp), base_weights=base * BYTES[dtype]) for base in stages]
     full = [dataclasses.replace(cost, adapter_weights=0) for cost in full]
@@ -161,6 +166,24 @@ def _stage_elements(shapes: Mapping, num_layers: int, tied: bool, tp: int, pp: i
             last = name == "lm_head.weight" or (tied and pp > 1)  # a tied head is a copy on a last stage of its own
             elements += rows * ((stage == 0) * (name != "lm_head.weight") + (stage == pp - 1) * last)
     return elements
+
+
+def _saved(
+    shapes: Mapping, quant: BaseQuant | None, num_layers: int, tp: int, pp: int, stage: int, element: int
+) -> int:
+    """Bytes that a rank of a stage does not need because decoder linears are stored as codes."""
+    if quant is None:
+        return 0
+    matrices = {
+        n.removesuffix(".weight"): s for n, s in shapes.items() if n.startswith("model.layers.") and len(s) == 2
+    }
+    check_checkpoint(quant, matrices, tp=tp)
+    dense, saved = set(dense_modules(quant, matrices)), 0
+    for name, shape in matrices.items():
+        if int(name.split(".")[2]) * pp // num_layers == stage and name not in dense:
+            cut = record_of(megatron_name(name)[0]).parallel
+            saved += math.prod(shape) // tp * element - quant.bytes_of(shape, shards=tp, cut=cut)
+    return saved
 
 
 def _training(elements: int, dtype: str, dp: int) -> RankCost:

@@ -241,8 +241,7 @@ def _base_numel(chunk: torch.nn.Module) -> Iterator[tuple[bool, int]]:
         # The last stage's copy of tied embeddings is the first stage's parameter.
         if counted and not any(_is_copy(parameter, chunk) for parameter in counted):
             assert base is not None
-            numel = sum(math.prod(matrix.shape) for matrix in base.matrices())
-            yield counted[0].requires_grad, numel * shards * copies
+            yield counted[0].requires_grad, base.count * math.prod(base.shape) * shards * copies
         for name, parameter in module.named_parameters(recurse=False):
             if is_adapter(name) or any(parameter is one for one in counted) or _is_copy(parameter, chunk):
                 continue

@@ -7,6 +7,7 @@ Weights are cut by hand here, not by the code under test.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +17,20 @@ import torch
 from safetensors.torch import load_file
 
 VOCAB, HIDDEN, HEADS, GROUPS, HEAD_DIM = 96, 40, 4, 2, 12
-FFN, EXPERT_FFN, EXPERTS, TOPK = 56, 20, 8, 2
+FFN, EXPERT_FFN, SHARED_FFN, EXPERTS, TOPK = 56, 20, 24, 8, 2
 MLA = {"q_lora_rank": 28, "kv_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 10}
 FAMILIES = ("qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3", "qwen3_next")
+
+
+@contextlib.contextmanager
+def sizes(**sizes):
+    """Inside, models are made in these sizes (``HIDDEN=192``) instead of the module's."""
+    before = {name: globals()[name] for name in sizes}
+    globals().update(sizes)
+    try:
+        yield
+    finally:
+        globals().update(before)
 
 
 def make_checkpoint(path: Path, family: str, *, unused_experts: tuple[int, ...] = (), seed: int = 0) -> Path:
@@ -48,11 +60,11 @@ def make_checkpoint(path: Path, family: str, *, unused_experts: tuple[int, ...] 
             **common, **gqa, num_experts=EXPERTS, norm_topk_prob=True, num_hidden_layers=2
         )
     elif family == "qwen2_moe":
-        common |= dict(shared_expert_intermediate_size=24, num_key_value_heads=GROUPS, num_hidden_layers=2)
+        common |= dict(shared_expert_intermediate_size=SHARED_FFN, num_key_value_heads=GROUPS, num_hidden_layers=2)
         config = transformers.Qwen2MoeConfig(**common, num_experts=EXPERTS, norm_topk_prob=False)
     elif family == "qwen3_next":
         common["rope_parameters"] |= {"partial_rotary_factor": 1.0}
-        common |= dict(shared_expert_intermediate_size=24, num_hidden_layers=2, num_experts=EXPERTS)
+        common |= dict(shared_expert_intermediate_size=SHARED_FFN, num_hidden_layers=2, num_experts=EXPERTS)
         config = transformers.Qwen3NextConfig(**common, **gqa, layer_types=["full_attention"] * 2, norm_topk_prob=True)
     elif family == "glm4_moe":
         config = transformers.Glm4MoeConfig(**common, **gqa, **sigmoid, use_qk_norm=True, partial_rotary_factor=1.0)
@@ -97,7 +109,7 @@ def transformer_config(hf: dict, **overrides):
     mla, sigmoid = "kv_lora_rank" in hf, "n_routed_experts" in hf
     shared = {}
     if hf["model_type"] in ("qwen2_moe", "qwen3_next"):
-        shared = dict(moe_shared_expert_intermediate_size=24, moe_shared_expert_gate=True)
+        shared = dict(moe_shared_expert_intermediate_size=SHARED_FFN, moe_shared_expert_gate=True)
     elif sigmoid:
         shared = dict(moe_shared_expert_intermediate_size=EXPERT_FFN)
     router = dict(moe_router_pre_softmax=not hf["norm_topk_prob"])

@@ -29,13 +29,14 @@ def batch(vocab_size: int, num_samples: int = 4, length: int = 16) -> torch.Tens
 
 
 def peft_model(
-    hf_dir, *, rank: int, alpha: float, layout: str = "fused", targets=LEAVES, dtype=torch.float32, **kwargs
+    hf_dir, *, rank: int, alpha: float, layout: str = "fused", targets=LEAVES, dtype=torch.float32, bnb=None, **kwargs
 ):
-    """transformers + PEFT with ``adapter_values``, eager attention."""
+    """transformers + PEFT with ``adapter_values``, eager attention. ``bnb``: a BitsAndBytesConfig for the base."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=dtype, attn_implementation="eager")
+    quantized = {} if bnb is None else {"quantization_config": bnb, "device_map": "cpu"}
+    base = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=dtype, attn_implementation="eager", **quantized)
     model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), **kwargs))
     with torch.no_grad():
         for name, module in model.named_modules():

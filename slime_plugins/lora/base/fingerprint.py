@@ -5,6 +5,7 @@
     vocab_rows     of the embedding; where a model has more (padding), embedding and head are not compared
     norms          what their weights are held around, 0 or 1; where that differs, vectors are not compared
     layers         number -> checksum of all matrices of the layer
+    quantization   what the model stores it as (``BaseQuant.to_dict``); absent: dense. Checksums are of what was loaded
     rest           ``embedding``, ``head``, ``norm`` (the last one), ``layers.N``: all vectors of layer N
 
 Sums do not depend on who holds which rows, nor on whether q, k, v are fused: a Megatron model at any parallelism and
@@ -152,6 +153,9 @@ def differences(saved: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]
     """What tells the base of a checkpoint from another base; [] if nothing that both sides know does."""
     unequal = _unequal(saved["architecture"], other["architecture"])
     found = [f"base {name} {was} in the checkpoint, {now} here" for name, (was, now) in unequal.items()]
+    if saved.get("quantization") != other.get("quantization"):
+        was, now = (_stored(one.get("quantization")) for one in (saved, other))
+        found.append(f"base {was} in the checkpoint, {now} here")
     if found or saved["dtype"] != other["dtype"]:  # equal weights in another dtype have other bits
         return found
     layers = _unequal(saved["layers"], other["layers"])
@@ -169,6 +173,15 @@ def differences(saved: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]
     if vectors:
         found.append(f"norms or biases of the base differ in {len(vectors)} layers, from layer {min(vectors)}")
     return found
+
+
+def _stored(quantization: Mapping[str, Any] | None) -> str:
+    """What a base is stored as (``BaseQuant.to_dict``), in words."""
+    if quantization is None:
+        return "dense"
+    scales = "nested" if quantization["double_quant"] else "plain"
+    exclude = ", ".join(quantization["exclude"])
+    return f"{quantization['form']} with {scales} scales" + (f" but {exclude}" if exclude else "")
 
 
 def _unequal(saved: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -54,11 +54,15 @@ def import_checkpoint(
             whole = tensor.contiguous().clone()
             shards.append(storage.Shard(f"{linear}.{key}", whole, tuple(whole.shape), (0, 0)))
     layers = range(base.number_of_layers(checkpoint))
+    fingerprint = base.fingerprint_of_hf(checkpoint, base.dtype_of_hf(checkpoint), layers)
+    quant = source.tensors.base_quant
+    if quant is not None:
+        fingerprint["quantization"] = quant.to_dict()
     manifest = Manifest(
         step=None,
         config=config,
         adapters=adapters,
-        base=base.fingerprint_of_hf(checkpoint, base.dtype_of_hf(checkpoint), layers),
+        base=fingerprint,
         optimizer=None,
         parallelism={"world": 0},  # of no run: it has no random states
     )

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.checkpoint.directory import ADAPTER_JSON
 from slime_plugins.lora.config import DTYPES, LAYOUTS, LoRAConfig
 from slime_plugins.lora.files.json_text import read_json
@@ -120,6 +121,8 @@ class Manifest:
             raise ValueError("fingerprint of the base")
         if not all(isinstance(value, str) for value in sums.values()):
             raise ValueError("checksums of the base")
+        if fingerprint.get("quantization") is not None:
+            BaseQuant.read(fingerprint["quantization"], "base")
         return cls(
             step=content["step"],
             config=LoRAConfig(**content["config"]),

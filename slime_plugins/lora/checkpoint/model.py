@@ -25,6 +25,9 @@ from slime_plugins.lora.layers.pieces import Piece, Placement
 from slime_plugins.lora.names import in_experts, is_adapter
 from slime_plugins.lora.parallel import all_gather, chunks_of, everywhere, on_rank_0, rank
 from slime_plugins.lora.projections import Adapter
+from slime_plugins.lora.quant.dequantize import is_dequantised
+from slime_plugins.lora.quant.packed import PackedWeight, dense_of
+from slime_plugins.lora.quantize import base_quant_of
 
 _LAYER = re.compile(r"(?:module\.)*decoder\.layers\.\d+")
 
@@ -98,7 +101,7 @@ def adapters_of(model) -> dict[str, Adapter]:
 
 
 def fingerprint_of_model(model) -> dict[str, Any]:
-    """The base's sizes and one checksum per layer, equal at every parallelism.
+    """The base's sizes and one checksum per layer, equal at every parallelism; of a 4-bit base, of what was quantised.
 
     Computed once for a base, and anew where one of its tensors has been written to or replaced since.
 
@@ -106,12 +109,17 @@ def fingerprint_of_model(model) -> dict[str, Any]:
         an all_gather_object over the world; if anything is new, an all_gather over the (expert-)tensor-parallel groups
         and one all_reduce over the world.
     """
+    return _remembered(model, of_source=True)
+
+
+def _remembered(model, *, of_source: bool) -> dict[str, Any]:
+    """``of_source``: False for the weights as they multiply: of a 4-bit base, dequantised."""
     chunks = chunks_of(model)
-    state, marks = state_of(model), _marks(chunks)
-    known = state.fingerprint is not None and state.fingerprint[0] == marks
+    fingerprints, marks = state_of(model).fingerprints, _marks(chunks)
+    known = of_source in fingerprints and fingerprints[of_source][0] == marks
     if not all(all_gather(known)):
-        state.fingerprint = marks, _fingerprint(chunks)
-    return state.fingerprint[1]
+        fingerprints[of_source] = marks, _fingerprint(chunks, of_source=of_source)
+    return fingerprints[of_source][1]
 
 
 def _marks(chunks: Sequence[torch.nn.Module]) -> list[tuple[int, int]]:
@@ -119,16 +127,15 @@ def _marks(chunks: Sequence[torch.nn.Module]) -> list[tuple[int, int]]:
     return [(parameter.data_ptr(), parameter._version) for _, parameter in base_parameters(chunks)]
 
 
-def _fingerprint(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+def _fingerprint(chunks: Sequence[torch.nn.Module], *, of_source: bool) -> dict[str, Any]:
     config = get_model_config(chunks[0])
     names = [f"{kind}{n}" for kind in ("", "layers.") for n in range(config.num_layers)]
     names += ["embedding", "head", "norm"]
-    found, local, dtype = [], [], None
+    found, local, dtype = [], [], _dtype_of(chunks)
     for chunk in chunks:
-        for name, path, tensor in _base_parts(chunk):
-            dtype = dtype or (tensor.dtype if name.isdecimal() else None)
+        for name, path, checksum in _base_sums(chunk, dtype, of_source):
             found.append((name, path))
-            local.append(fingerprint.checksum(tensor.to(dtype or config.params_dtype)))
+            local.append(checksum)
     sums = _over_shards(local, [in_experts(path) for _, path in found])
     # Sum, sum of squares, how many tensors there are, how many cannot be compared: of every part, over all ranks.
     totals = torch.zeros(len(names), 4, dtype=torch.int64)
@@ -143,25 +150,44 @@ def _fingerprint(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
         for name, row in zip(names, totals.cpu())
         if name.isdecimal() or (row[2] > 0 and row[3] == 0)
     }
+    quant = base_quant_of(chunks) if of_source else None
     return {
         "architecture": fingerprint.architecture_of_model(config),
-        "dtype": str(dtype or config.params_dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "layers": {name: value for name, value in digits.items() if name.isdecimal()},
         "rest": {name: value for name, value in digits.items() if not name.isdecimal()},
         "vocab_rows": max(all_gather(_vocab_rows(chunks))),
         "norms": 0 if getattr(config, "layernorm_zero_centered_gamma", False) else 1,
+        **({} if quant is None else {"quantization": quant.to_dict()}),
     }
 
 
+def _dtype_of(chunks: Sequence[torch.nn.Module]) -> torch.dtype:
+    """Of the base's first linear in a layer, as it multiplies; what Megatron was told on a stage that has none."""
+    for chunk in chunks:
+        for path, module in chunk.named_modules():
+            base = frozen_of(module) if _LAYER.match(path) else None
+            if base is not None and base.owns_weights and base.parameters:
+                return base.dtype
+    return get_model_config(chunks[0]).params_dtype
+
+
+def _base_sums(chunk: torch.nn.Module, dtype: torch.dtype, of_source: bool) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """As ``_base_parts``, with checksums in place of values; of codes, of what was quantised if ``of_source``."""
+    for name, path, tensor in _base_parts(chunk):
+        known = tensor.packed.source if of_source and isinstance(tensor, PackedWeight) else None
+        yield name, path, fingerprint.checksum(dense_of(tensor).to(dtype)) if known is None else known
+
+
 def _base_parts(chunk: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Part of the fingerprint, path of its module, and value, of every tensor of a chunk's base, as it multiplies."""
+    """Part of the fingerprint, path of its module, and value, of every tensor of a chunk's base, dense or in codes."""
     numbers = _layer_numbers(chunk)
     for path, module in chunk.named_modules():
         layer = _LAYER.match(path)
         base = frozen_of(module)
         counted = base.parameters if base is not None and base.owns_weights else []
         if base is not None and counted and layer:
-            yield from ((str(numbers[layer[0]]), path, matrix) for matrix in base.matrices())
+            yield from ((str(numbers[layer[0]]), path, matrix) for matrix in base.stored())
         for name, parameter in module.named_parameters(recurse=False):
             if is_adapter(name) or (layer and any(parameter is one for one in counted)):
                 continue
@@ -247,21 +273,28 @@ def parallelism() -> dict[str, int]:
     }
 
 
-def other_base(model, hf_checkpoint: str | os.PathLike) -> list[str]:
+def other_base(model, hf_checkpoint: str | os.PathLike, *, as_served: bool | None = None) -> list[str]:
     """What tells the base of a model from that of a Hugging Face directory; [] if nothing that both sides know does.
 
     Every file of the directory is read once, the first time, each by one rank. A quantised directory is not
     comparable: [].
 
+    Args:
+        as_served: of a 4-bit base, compare its dequantised weights, and not those that it was made of. Default: where
+            the directory was written by ``slime-lora dequantize``.
     Collectives:
         those of ``fingerprint_of_model``, a broadcast_object_list, some all_gather_object over the world.
     Raises:
         UsageError, ValueError, OSError: on every rank, a directory that is none, or is damaged.
     """
-    ours, state = fingerprint_of_model(model), state_of(model)
     base = everywhere(lambda: BaseCheckpoint(hf_checkpoint))
     if base.config.get("quantization_config") is not None:
         return []
+    if as_served is None:
+        as_served = on_rank_0(lambda: is_dequantised(base.directory))
+    # What it is stored as while training is no fact of the files.
+    ours = {**_remembered(model, of_source=not as_served), "quantization": None}
+    state = state_of(model)
     about = on_rank_0(lambda: (ours, [(str(path), identity(os.stat(path))) for path in base.files]))
     if state.compared is None or state.compared[0] != about:
         world = dist.get_world_size() if dist.is_initialized() else 1

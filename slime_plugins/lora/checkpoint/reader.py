@@ -10,6 +10,7 @@ import torch
 
 from slime_plugins.lora.base import fingerprint as base
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.checkpoint import directory
 from slime_plugins.lora.checkpoint.manifest import Manifest
 from slime_plugins.lora.checkpoint.storage import TensorReader
@@ -29,6 +30,12 @@ class AdapterCheckpoint:
         self.manifest = Manifest.read(self.path)
         self._reader = TensorReader.open(self.path)
         self._reader.check_files()
+
+    @property
+    def base_quant(self) -> BaseQuant | None:
+        """What the base was stored as; None: dense."""
+        noted = self.manifest.base.get("quantization")
+        return None if noted is None else BaseQuant.read(noted, self.path)
 
     def projections(self) -> Iterator[Projection]:
         """Every adapted projection whole, in layer order, read one at a time."""
@@ -52,7 +59,8 @@ class AdapterCheckpoint:
         saved = self.manifest.base
         layers = [int(n) for n in saved["layers"]]
         here = base.fingerprint_of_hf(checkpoint, saved["dtype"], layers)
-        found = base.differences(saved, here)
+        # The checkpoint that its base was made from; what it was stored as while training is no fact of the files.
+        found = base.differences({**saved, "quantization": None}, here)
         if found:
             raise ValueError(f"{checkpoint.directory} is not the base of {self.path}: {'; '.join(found)}")
         rest = " and all else" if saved.get("rest") else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from slime_plugins.lora.cli.arguments import check_out, place
 
@@ -37,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, type=place, metavar="DIR", help="the adapter, or with --merge the merged model"
     )
     parser.add_argument("--merge", action="store_true", help="write a full checkpoint: base plus adapter")
+    parser.add_argument(
+        "--merge-onto",
+        choices=("trained", "original"),
+        default="trained",
+        help="an adapter of a 4-bit base: its dequantised weights, on which it was trained, or those of "
+        "--hf-checkpoint, on which it answers otherwise (default: %(default)s)",
+    )
     parser.add_argument(
         "--peft-patterns",
         action="store_true",
@@ -80,14 +88,14 @@ def run(args: argparse.Namespace) -> int:
     print(f"{checkpoint.path}: {step}, {len(projections)} adapted matrices, {parameters:,} parameters")
     print(f"base compared: {compared}")
     if args.merge:
-        _merge(projections, base, args)
+        _merge(projections, checkpoint.base_quant, base, args)
     else:
-        _export(projections, checkpoint.manifest, base, args)
+        _export(projections, checkpoint, base, args)
     print(args.serve_dir or args.out)
     return 0
 
 
-def _export(projections, manifest, base, args: argparse.Namespace) -> None:
+def _export(projections, checkpoint, base, args: argparse.Namespace) -> None:
     from slime_plugins.lora.base.fingerprint import weights_digest
     from slime_plugins.lora.peft.directory import write_adapter
     from slime_plugins.lora.peft.form import to_peft
@@ -96,20 +104,34 @@ def _export(projections, manifest, base, args: argparse.Namespace) -> None:
     adapter = to_peft(
         projections,
         base,
-        dropout=manifest.config.dropout,
+        dropout=checkpoint.manifest.config.dropout,
         patterns=args.peft_patterns,
         moe_format=args.moe_format,
     )
-    write_adapter(args.out, *adapter, base=base, base_digest=weights_digest(base, manifest.base["dtype"]))
+    digest = weights_digest(base, checkpoint.manifest.base["dtype"])
+    write_adapter(args.out, *adapter, base=base, base_digest=digest, base_quant=checkpoint.base_quant)
     if args.serve_dir:
         make_serve_dir(args.hf_checkpoint, args.out, args.serve_dir)
         print(f"serve it with: transformers serve {args.serve_dir}")
 
 
-def _merge(projections, base, args: argparse.Namespace) -> None:
+def _merge(projections, quant, base, args: argparse.Namespace) -> None:
     from slime_plugins.lora.base.merge import merge_checkpoint
 
-    rounding = merge_checkpoint(projections, base, args.out)
+    onto: dict = {}
+    if quant is not None and args.merge_onto == "trained":
+        from slime_plugins.lora.quant.dequantize import packed_weights, through_codes
+
+        names = packed_weights(base, quant)
+        onto = {"stored": through_codes(quant, names), "also": names}
+        print(f"merging onto the {quant.form} base that it was trained on, dequantised")
+    elif quant is not None:
+        print(
+            f"slime-lora: warning: the adapter was trained on a {quant.form} base; merged onto the original weights "
+            "it answers otherwise",
+            file=sys.stderr,
+        )
+    rounding = merge_checkpoint(projections, base, args.out, **onto)
     print(
         f"lost to rounding: {rounding.lost_share:.2%} of the update by size "
         f"({rounding.unchanged:,} of {rounding.entries:,} weights did not move)"

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from slime_plugins.lora.arguments import add_lora_arguments
+from slime_plugins.lora.base.quantization import BaseQuant, check_flags
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 
@@ -19,6 +20,8 @@ Activations are not counted: they depend on tokens per GPU and recomputation, an
 examples:
   slime-lora plan --hf-checkpoint Qwen3-4B --tp 2 --dp 4 --lora-r 32 --lora-alpha 32
   slime-lora plan --hf-checkpoint Qwen3-4B --lora-target-modules q_proj v_proj --lora-layout split
+  slime-lora plan --hf-checkpoint Qwen3-32B --dp 8 --lora-base-quant nf4 \\
+      --lora-target-modules q_proj k_proj v_proj o_proj
   slime-lora plan --hf-checkpoint Qwen3-4B --tp 2 --json | jq .lora.total
 """
 
@@ -40,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     for flag in ("tp", "pp", "dp"):
         if getattr(args, flag) < 1:
             raise UsageError(f"--{flag} is {getattr(args, flag)}; expected at least 1")
+    check_flags(args)
     base = _read_base(Path(args.hf_checkpoint))
     base.check_parallel(tp=args.tp, pp=args.pp)
     cost = cost_of(
@@ -52,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         dp=args.dp,
         dtype=args.dtype,
         freeze_base=args.lora_only_trainable,
+        base_quant=BaseQuant.from_args(args),
     )
     if args.json:
         totals = {"lora": {"total": cost.lora.total}, "full": {"total": cost.full.total}}

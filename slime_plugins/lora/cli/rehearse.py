@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slime_plugins.lora.arguments import add_lora_arguments, lora_args, validate_lora_args
+from slime_plugins.lora.arguments import add_lora_arguments, base_args, lora_args, validate_lora_args
+from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.objectives import OBJECTIVES
@@ -185,7 +186,8 @@ def run(args: argparse.Namespace) -> int:
 def _warn(settings: Settings) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        validate_lora_args(argparse.Namespace(**lora_args(settings.lora), use_lora=True, lr=settings.lr))
+        flags = lora_args(settings.lora) | base_args(settings.base_quant)
+        validate_lora_args(argparse.Namespace(**flags, use_lora=True, lora_only_trainable=True, lr=settings.lr))
     for warning in caught:
         print(f"slime-lora: warning: {warning.message}", file=sys.stderr)
 
@@ -206,7 +208,7 @@ def _read_config(path: str) -> dict[str, Any]:
         raise UsageError(f"--config {path}: expected a JSON object of settings, found {type(content).__name__}")
     parser = argparse.ArgumentParser(exit_on_error=False, add_help=False, allow_abbrev=False)
     add_arguments(parser)
-    lora = content.pop("lora", {})
+    lora, quant = content.pop("lora", {}), content.pop("base_quant", None)
     unknown = [name for name in content if flag(name) not in parser._option_string_actions]
     if unknown:
         raise UsageError(f"--config {path}: {unknown[0]!r} is no setting of a rehearsal")
@@ -216,7 +218,9 @@ def _read_config(path: str) -> dict[str, Any]:
         if lora:
             config = LoRAConfig(**lora)
             given |= lora_args(config)
-    except (argparse.ArgumentError, TypeError, AttributeError, UsageError) as error:
+        if quant is not None:
+            given |= base_args(BaseQuant.read(quant, "base_quant"))
+    except (argparse.ArgumentError, TypeError, AttributeError, UsageError, ValueError) as error:
         raise UsageError(f"--config {path}: {error}") from None
     return _without_builtin(given)
 

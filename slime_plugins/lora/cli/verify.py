@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.cli.arguments import place
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def table(report: Report) -> str:
     rows = [("adapter", report.adapter)]
     if report.base:
         rows.append(("base", report.base))
+    if report.base_quant is not None:
+        rows.append(("base in", how_to_load(BaseQuant(**report.base_quant))))
     if report.rank is not None and report.scalings:
         scalings = ", ".join(f"{scaling:g}" for scaling in report.scalings)
         rows.append(("rank, alpha", f"{report.rank}, {report.alpha:g} (scaling {scalings})"))
@@ -82,6 +85,16 @@ def table(report: Report) -> str:
     count = len(report.problems)
     lines.append("ok" if report.ok else f"not ok: {count} problem{'s' if count > 1 else ''}")
     return "\n".join(lines)
+
+
+def how_to_load(quant: BaseQuant) -> str:
+    """One line: in what form of its base an adapter was trained, and what has to be served with it."""
+    config = ", ".join(f"{key}={value!r}" for key, value in quant.to_hf().items())
+    dense = f" (dense: {', '.join(quant.exclude)})" if quant.exclude else ""
+    return (
+        f"{quant.form} while it was trained{dense}: load it with BitsAndBytesConfig({config}), or serve it on what "
+        "`slime-lora dequantize` writes"
+    )
 
 
 SHOWN = 8

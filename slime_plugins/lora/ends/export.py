@@ -17,6 +17,8 @@ from slime_plugins.lora.parallel import everywhere, expert_group, gather_on_firs
 from slime_plugins.lora.peft.directory import write_adapter
 from slime_plugins.lora.peft.form import to_peft
 from slime_plugins.lora.projections import Projection
+from slime_plugins.lora.quant.dequantize import is_dequantised
+from slime_plugins.lora.quantize import base_quant_of
 
 
 def export_peft(
@@ -26,7 +28,8 @@ def export_peft(
 
     Args:
         model: a module or the list of this rank's pipeline chunks, wrapped or not.
-        hf_checkpoint: directory of the base, named in ``adapter_config.json``.
+        hf_checkpoint: directory of the base, named in ``adapter_config.json``; of a 4-bit base, what it was made
+            of, or what ``slime-lora dequantize`` made of that.
         moe_format: of routed experts: ``per-expert`` (vLLM, SGLang, PEFT) or ``fused`` (PEFT); see ``moe_form``.
     Collectives:
         all_gather over each tensor- and expert-tensor-parallel group, gather_object over each expert- and
@@ -47,7 +50,8 @@ def export_peft(
         refuse_trained_base(model)
         if projections is not None and rank() == 0:
             adapter = to_peft(projections, hf_checkpoint, dropout=config_of(model).dropout, moe_format=moe_format)
-            write_adapter(out_dir, *adapter, base=hf_checkpoint)
+            quant = None if is_dequantised(hf_checkpoint) else base_quant_of(model)
+            write_adapter(out_dir, *adapter, base=hf_checkpoint, base_quant=quant)
 
     everywhere(write)
     return Path(out_dir)

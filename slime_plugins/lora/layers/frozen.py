@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from slime_plugins.lora.quant.packed import PackedWeight, dense_of
+
 
 class FrozenLinear:
     """A Megatron linear (``ColumnParallelLinear``, ``RowParallelLinear``) and the base of the other kinds.
@@ -51,7 +53,7 @@ class FrozenLinear:
         Args:
             stored: a copy of that parameter to read instead of the live one (slime's, while it is offloaded).
         """
-        return (self.parameters[index] if stored is None else stored).detach()
+        return dense_of(self.parameters[index] if stored is None else stored)
 
     def experts_in(self, index: int) -> Any:
         """Which experts ``parameters[index]`` holds, as an index into the rank's [E, ...]; ``...`` without experts."""
@@ -61,21 +63,25 @@ class FrozenLinear:
         """Every matrix of this rank, dense, [O, I]: one, or one per expert."""
         return [self.dense(i) for i in range(len(self.parameters))]
 
+    @property
+    def count(self) -> int:
+        """Number of ``matrices``, without making them."""
+        return len(self.parameters)
+
+    def stored(self) -> list[torch.Tensor]:
+        """The same matrices, those in codes as they are: ``PackedWeight``, not dequantised."""
+        return [p if isinstance(p, PackedWeight) else self.dense(i) for i, p in enumerate(self.parameters)]
+
     @contextlib.contextmanager
     def replaced(self, dense: list[torch.Tensor]) -> Iterator[None]:
         """Inside, the linear multiplies with these instead, one per parameter as ``dense`` gives them; on exit its old
         bits are back. Costs a copy of the weights while it lasts: W + BA - BA is not W in bf16 (design hazard 12)."""
-        saved = [parameter.detach().clone() for parameter in self.parameters]
-        try:
-            self._write(dense)
+        with contextlib.ExitStack() as stack:
+            for parameter, value in zip(self.parameters, dense):
+                stack.enter_context(
+                    parameter.replaced(value) if isinstance(parameter, PackedWeight) else _written(parameter, value)
+                )
             yield
-        finally:
-            self._write(saved)
-
-    @torch.no_grad()
-    def _write(self, values: list[torch.Tensor]) -> None:
-        for parameter, value in zip(self.parameters, values):
-            parameter.copy_(value)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -119,9 +125,8 @@ class FrozenLinear:
         """The experts of this rank, as numbers in the whole layer; None for a linear that is not of experts."""
         if self.ep_group is None:
             return None
-        count = len(self.matrices())
-        first = self.ep_group.rank() * count
-        return range(first, first + count)
+        first = self.ep_group.rank() * self.count
+        return range(first, first + self.count)
 
     @property
     def num_experts(self) -> int:
@@ -145,6 +150,18 @@ class FrozenLinear:
         if self.parallel != "duplicated" and self.leaves_exchange_to_caller:
             return "outside"
         return "sequence" if self.config.sequence_parallel and self.tp_group.size() > 1 else "whole"
+
+
+@contextlib.contextmanager
+def _written(parameter: torch.Tensor, value: torch.Tensor) -> Iterator[None]:
+    saved = parameter.detach().clone()
+    try:
+        with torch.no_grad():
+            parameter.copy_(value)
+        yield
+    finally:
+        with torch.no_grad():
+            parameter.copy_(saved)
 
 
 class FrozenTELinear(FrozenLinear):
@@ -181,7 +198,14 @@ class FrozenTEGroupedLinear(FrozenTELinear):
         return slice(None) if self._is_single else index
 
     def matrices(self) -> list[torch.Tensor]:
-        return list(self.module._get_weight_tensors()) if self._is_single else super().matrices()
+        return self.stored() if self._is_single else super().matrices()
+
+    def stored(self) -> list[torch.Tensor]:
+        return list(self.module._get_weight_tensors()) if self._is_single else super().stored()
+
+    @property
+    def count(self) -> int:
+        return self.module.num_gemms
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.base.fingerprint import weights_digest
+from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.files.atomic import replaced_directory
 from slime_plugins.lora.files.json_text import parse_json, read_object
 from slime_plugins.lora.files.safetensors import Stored, read_header
@@ -35,6 +36,7 @@ _SHA256 = "slime_lora.sha256"  # metadata: JSON, tensor name -> digest
 _CONFIG = "slime_lora.config"  # metadata: JSON, the fields of the config below that were set
 _BASE = "slime_lora.base"  # metadata: fingerprint of the base checkpoint, from samples
 _BASE_DIGEST = "slime_lora.base_digest"  # metadata: digest of every byte of it, where somebody read them all
+_BASE_QUANT = "slime_lora.base_quant"  # metadata: JSON, what the base was stored as; absent: dense
 # Fields that change what the adapter computes. The others (base path, task type) may be edited freely.
 _MEANING = (
     "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
@@ -136,6 +138,12 @@ class AdapterTensors(Mapping[str, torch.Tensor]):
             compared,
         )
 
+    @property
+    def base_quant(self) -> BaseQuant | None:
+        """What the base was stored as while the adapter was trained; None: dense, or not noted. Raises ValueError."""
+        noted = _json_object(self.path, self.metadata.get(_BASE_QUANT))
+        return None if noted is None else BaseQuant.read(noted, self.path)
+
     def lost(self) -> list[str]:
         """Names that have a checksum and no tensor."""
         return sorted(set(self.sha256 or ()) - set(self._keys))
@@ -201,15 +209,16 @@ def write_adapter(
     *,
     base: str | os.PathLike | BaseCheckpoint | None = None,
     base_digest: str | None = None,
+    base_quant: BaseQuant | None = None,
     inspect: Callable[[Path], None] | None = None,
 ) -> None:
     """Write an adapter directory, whole or not at all, after ``validate_adapter``.
 
     Keys are ``base_model.model.<module>.lora_A.weight`` [rank, in] and ``lora_B`` [out, rank]. An existing adapter in
     ``out_dir`` is replaced in one step; other files in the directory stay. ``base``: the base
-    checkpoint, whose fingerprint then goes with the adapter; ``base_digest``: that of all its bytes, for a caller who
-    has read them. ``inspect`` is called with the finished directory before it takes its place; if it raises, nothing
-    has changed.
+    checkpoint, whose fingerprint then goes with the adapter, as does ``base_quant``, what it was stored as;
+    ``base_digest``: that of all its bytes, for a caller who has read them. ``inspect`` is called with the finished
+    directory before it takes its place; if it raises, nothing has changed.
 
     Raises:
         ValueError: the adapter is empty, partial, not finite or not what its config says; or ``out_dir`` holds
@@ -234,6 +243,8 @@ def write_adapter(
         metadata[_BASE] = BaseCheckpoint.of(base).fingerprint
     if base_digest is not None:
         metadata[_BASE_DIGEST] = base_digest
+    if base_quant is not None:
+        metadata[_BASE_QUANT] = json.dumps(base_quant.to_dict())
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     with replaced_directory(out, drop=(CONFIG, SAFETENSORS, BIN)) as new:
         try:

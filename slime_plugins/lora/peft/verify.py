@@ -63,6 +63,8 @@ class Report:
     """Tensors whose checksum agreed; None where the file carries none."""
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
+    base_quant: dict[str, Any] | None = None
+    """What the base was stored as while it was trained (``BaseQuant``); None: dense, or not noted."""
 
     @property
     def ok(self) -> bool:
@@ -102,6 +104,12 @@ def verify_adapter(
     if config is None or tensors is None or report.problems:
         return report
 
+    try:
+        quant = tensors.base_quant
+    except ValueError as error:
+        report.problems.append(Problem(kind="config", message=str(error)))
+        return report
+    report.base_quant = None if quant is None else quant.to_dict()
     report.problems += [Problem(kind="config", message=line) for line in tensors.config_changes(config)]
     try:
         config, tensors = per_expert(config, tensors)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from slime_plugins.lora.arguments import lora_args, lora_flags
+from slime_plugins.lora.arguments import base_args, base_flags, lora_args, lora_flags
 from slime_plugins.lora.base.decoder import HFBase
+from slime_plugins.lora.base.quantization import BaseQuant, check_flags
 from slime_plugins.lora.checkpoint import directory
 from slime_plugins.lora.checkpoint.manifest import Manifest
 from slime_plugins.lora.config import LoRAConfig
@@ -55,6 +56,30 @@ def config_of_start(
             f"{what} does not fit the LoRA flags ({different}); leave them out, or give: {lora_flags(theirs)}"
         )
     return wanted
+
+
+def base_of_start(settings: Settings, flags: Mapping[str, Any], progress: Callable[[str], None]) -> BaseQuant | None:
+    """What the base is stored as: by its flags, or as it was under the checkpoint that the run starts from.
+
+    Args:
+        flags: of ``base_args`` that were given, by destination.
+    Raises:
+        UsageError: flags that do not go together, or are not those of the checkpoint.
+        ValueError, OSError: the checkpoint is damaged.
+    """
+    args = argparse.Namespace(**{**base_args(None), **flags}, lora_only_trainable=True)
+    check_flags(args)
+    given, start = BaseQuant.from_args(args), settings.load or settings.lora_adapter_path
+    if start is None or (Path(start) / "adapter_config.json").is_file():
+        return given
+    noted = Manifest.read(directory.find(start)).base.get("quantization")
+    theirs = None if noted is None else BaseQuant.read(noted, start)
+    what = f"{'--load' if settings.load else '--lora-adapter-path'} {start}"
+    if flags and given != theirs:
+        raise UsageError(f"{what} does not fit the flags of the base; leave them out, or give: {base_flags(theirs)}")
+    if theirs is not None and not flags:
+        progress(f"{what}: {base_flags(theirs)}")
+    return theirs
 
 
 def _config_at(settings: Settings, what: str, layout: str | None, progress: Callable[[str], None]) -> LoRAConfig:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.rehearsal import wandb_run
 from slime_plugins.lora.rehearsal.rewards import RewardSample
@@ -148,14 +149,19 @@ def draw_curve(out: Path, steps: list[dict], title: str, names: tuple[str, str])
     return path
 
 
-def serve_command(out: Path, dtype: str, device: str) -> str:
-    """Make ``serve/`` (links to base and adapter) and return the shell command that serves it."""
+def serve_command(out: Path, dtype: str, device: str, quant: BaseQuant | None = None) -> str:
+    """Make ``serve/`` (links to base and adapter) and return the shell command that serves it.
+
+    ``quant``: of the base; ``transformers serve`` has nested NF4 of all linears, and no other.
+    """
     from slime_plugins.lora.peft.directory import read_config
     from slime_plugins.lora.peft.serve_dir import make_serve_dir
 
     base = read_config(out / ADAPTER)["base_model_name_or_path"]
     directory = make_serve_dir(base, out / ADAPTER, out / SERVE)
     command = [_transformers(), "serve", str(directory), "--device", device, "--dtype", dtype]
+    if quant is not None:
+        command += ["--quantization", "bnb-4bit"]
     command += ["--host", "127.0.0.1", "--port", str(_free_port())]
     return "HF_HUB_OFFLINE=1 " + shlex.join(command)
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from slime_plugins.lora.arguments import lora_args
+from slime_plugins.lora.arguments import base_args, lora_args
 from slime_plugins.lora.base.decoder import HFBase
+from slime_plugins.lora.base.quantization import check_checkpoint
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.objectives import objective_class
@@ -39,7 +40,8 @@ def prepare(given: Mapping[str, Any], progress: Callable[[str], None] = print) -
         ValueError, OSError: a file that is damaged or not supported.
     """
     flags = {name: value for name, value in given.items() if name in lora_args(LoRAConfig())}
-    options = {name: value for name, value in given.items() if name not in flags}
+    stored = {name: value for name, value in given.items() if name in base_args(None)}
+    options = {name: value for name, value in given.items() if name not in {**flags, **stored}}
     _check_empty(given)
     if "tp" not in options:
         where = {name: options.get(name, getattr(Settings, name)) for name in ("device", "pp", "dp", "sp")}
@@ -56,8 +58,16 @@ def prepare(given: Mapping[str, Any], progress: Callable[[str], None] = print) -
         settings = dataclasses.replace(settings, hf_checkpoint=str(base_dir), prompt_data=str(prompt_data))
     base = HFBase.read(settings.hf_checkpoint)
     base.check_parallel(tp=settings.tp, pp=settings.pp, vpp=settings.vpp)
-    settings = dataclasses.replace(settings, lora=adapter_start.config_of_start(settings, flags, base, progress))
+    settings = dataclasses.replace(
+        settings,
+        lora=adapter_start.config_of_start(settings, flags, base, progress),
+        base_quant=adapter_start.base_of_start(settings, stored, progress),
+    )
     adapter_start.check_config(settings.lora, base)
+    if settings.base_quant is not None:
+        shapes = base.shapes()
+        linears = {name: shapes[f"{name}.weight"] for name in base.linears()}
+        check_checkpoint(settings.base_quant, linears, tp=settings.tp)
     _check_task(settings, base, progress)
     return settings
 

@@ -37,12 +37,13 @@ class Rollout:
 
     def setup(self, settings: Settings, device: str, num_threads: int) -> None:
         """Load base and tokenizer. Raises ValueError if there is no end token."""
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import GenerationConfig
+
+        from slime_plugins.lora.quant.hf_model import load_base
 
         self.settings, self.device = settings, device
         hf_dir = settings.hf_checkpoint
-        base = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=getattr(torch, settings.dtype))
-        base = base.to(device).eval()
+        base = load_base(hf_dir, getattr(torch, settings.dtype), device, settings.base_quant).eval()
         torch.set_num_threads(num_threads if base.num_parameters() > _SMALL else 1)
         self.encoder = Encoder.read(
             hf_dir,

@@ -65,7 +65,7 @@ def rehearse(settings: Settings, *, debug: bool = False) -> dict:
         raise type(interrupt)(_how_to_go_on(settings)) from None
     title = f"{Path(settings.hf_checkpoint).name}, LoRA rank {settings.lora.rank}"
     curve = outputs.draw_curve(out, recorder.steps, title, objective.curve)
-    summary["serve_command"] = outputs.serve_command(out, settings.dtype, device)
+    summary["serve_command"] = outputs.serve_command(out, settings.dtype, device, settings.base_quant)
     outputs.write_summary(out, summary)
     final.verify(summary, settings, adapter_dir)
     display.end(out, curve.name, summary)

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from slime_plugins.lora.arguments import lora_args
+from slime_plugins.lora.arguments import base_args, lora_args
+from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.objectives import OBJECTIVES, objective_class, option_names
@@ -121,6 +122,8 @@ class Settings:
     wandb_group: str | None = None
     wandb_project: str | None = None
     lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
+    base_quant: BaseQuant | None = None
+    """What the base is stored as, in training and in rollouts; None: dense."""
 
     @property
     def builtin(self) -> bool:
@@ -231,14 +234,15 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; without secrets, so that a directory of results can be handed on."""
-        values = {**dataclasses.asdict(self), "lora": self.lora.to_dict()}
+        quant = None if self.base_quant is None else self.base_quant.to_dict()
+        values = {**dataclasses.asdict(self), "lora": self.lora.to_dict(), "base_quant": quant}
         del values["wandb_key"]
         return values
 
     def namespace(self) -> argparse.Namespace:
         """As the parsed flags of a program: what rewards of one's own are given."""
-        values = {name: value for name, value in self.to_dict().items() if name != "lora"}
-        return argparse.Namespace(**values, **lora_args(self.lora), use_lora=True)
+        values = {name: value for name, value in self.to_dict().items() if name not in ("lora", "base_quant")}
+        return argparse.Namespace(**values, **lora_args(self.lora), **base_args(self.base_quant), use_lora=True)
 
 
 def resolve(given: Mapping[str, Any], lora: LoRAConfig) -> Settings:

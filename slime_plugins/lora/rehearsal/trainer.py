@@ -44,7 +44,7 @@ class RankTrainer:
         from megatron.core.distributed import finalize_model_grads as finalize
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-        from slime_plugins.lora import apply_lora
+        from slime_plugins.lora import apply_lora, quantize_base
         from slime_plugins.lora.base.decoder import HFBase
         from slime_plugins.lora.rehearsal.model import build_chunks
 
@@ -56,6 +56,8 @@ class RankTrainer:
         self.dp_rank = mpu.get_data_parallel_rank()
 
         def adapt(chunks):
+            if settings.base_quant is not None:
+                quantize_base(chunks, settings.base_quant)
             self.base_before = base_checksum(chunks)
             self.report = apply_lora(chunks, settings.lora)
 

@@ -272,3 +272,32 @@ def test_sft(run):
     extra = f"{LORA} --loss-type sft_loss --calculate-per-token-loss --disable-compute-advantages-and-returns"
     sft = run("--steps", "2", extra=extra)
     assert all(value > 0 for value in sft.of("grad_norm")) and set(sft.of("lora/dead")) == {0.0}
+
+
+NF4 = f"{LORA} --lora-base-quant nf4 --lora-base-quant-exclude linear_proj"  # whose shards at TP 2 cut a block
+"""Needs bitsandbytes where SLIME_PYTHON finds it."""
+
+
+@pytest.mark.parametrize("words", [(), ("--tp", "2")])
+def test_a_4_bit_base(run, words, tmp_path):
+    """Engines get the dequantised weights first, bit for bit, and others after a step; the reference is the base."""
+    from safetensors.torch import load_file
+
+    from slime_plugins.lora.cli import main
+
+    done = run("--mode", "colocate", "--steps", "2", *words, extra=NF4)
+    check_learning(done, 2)
+    assert "base in 4 bits" in done.log
+    dequantize = ["dequantize", "--hf-checkpoint", str(done.work / "hf"), "--out", str(tmp_path / "dense")]
+    assert main([*dequantize, "--lora-base-quant-exclude", "linear_proj"]) == 0
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    first, *_, last = (load_file(path) for path in done.received("weights_*.safetensors"))
+    assert [name for name in first if not (first[name] == dense[name]).all()] == []
+    assert [name for name in last if not (last[name] == dense[name]).all()]
+
+
+def test_a_4_bit_base_is_resumed(run):
+    whole = run("--steps", "4", "--save-interval", "2", extra=NF4)
+    words = ("--steps", "4", "--save-interval", "2", "--resume")
+    assert run(*words, extra=f"{NF4} --ckpt-step 1", of=whole).steps == whole.steps[2:]
+    check_going_on(run("--tp", "2", *words, extra=f"{NF4} --ckpt-step 1", of=whole), whole)

@@ -6,11 +6,18 @@ import logging
 from pathlib import Path
 
 from slime_plugins.lora.adapters import state_of
+from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.checkpoint.model import other_base
-from slime_plugins.lora.parallel import rank
+from slime_plugins.lora.parallel import everywhere, rank
+from slime_plugins.lora.quantize import base_quant_of
 from slime_plugins.lora.slime.hooks.paths import step_dir
 
 logger = logging.getLogger(__name__)
+
+_DEQUANTIZE = (
+    "it trains in 4 bits: write its weights with `slime-lora dequantize`, give them as --hf-checkpoint and the dense "
+    "base as --ref-load"
+)
 
 
 def remember_base(model, path: str, step: int | None) -> None:
@@ -35,13 +42,23 @@ def refuse_other_base(model, hf_checkpoint: str) -> None:
     Raises:
         ValueError: they differ: an adapter trained on this base would be served on another one.
     """
-    if same_base(hf_checkpoint, None, model):
-        return
+    quant = base_quant_of(model)
+    if quant is None and same_base(hf_checkpoint, None, model):
+        return  # of a 4-bit base the same path is the dense one, on which the adapter was not trained
+    way_out = "give the base as --hf-checkpoint" if quant is None else _DEQUANTIZE
+    quantised = everywhere(lambda: BaseCheckpoint(hf_checkpoint)).config.get("quantization_config") is not None
+    if quantised and quant is not None:
+        raise ValueError(
+            f"--lora-sync adapter: --hf-checkpoint {hf_checkpoint} is quantised, and it is not known whether "
+            f"engines make the base of it that trains; {way_out}, or use --lora-sync merged"
+        )
+    if quantised and rank() == 0:
+        logger.warning("LoRA: %s is quantised: it is not known whether it is the base that trains", hf_checkpoint)
     if rank() == 0:
         logger.info("LoRA: comparing the base with %s", hf_checkpoint)
-    found = other_base(model, hf_checkpoint)
+    found = other_base(model, hf_checkpoint, as_served=quant is not None)
     if found:
         raise ValueError(
             f"--lora-sync adapter: the engines start from --hf-checkpoint {hf_checkpoint}, which is not the base "
-            f"that trains ({'; '.join(found)}); give the base as --hf-checkpoint, or use --lora-sync merged"
+            f"that trains ({'; '.join(found)}); {way_out}, or use --lora-sync merged"
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 from argparse import Namespace
 from collections.abc import Iterator
@@ -18,10 +19,12 @@ from pathlib import Path
 import torch
 
 from slime_plugins.lora.adapters import has_adapters
+from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.ends.export import export_peft
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.layers import hide_adapters
 from slime_plugins.lora.names import is_adapter
+from slime_plugins.lora.packing import dense_on_host, finish_packing
 from slime_plugins.lora.slime.hooks import merged_sync
 from slime_plugins.lora.slime.hooks.base_check import remember_base
 from slime_plugins.lora.slime.hooks.paths import adapter_step_dir, step_dir
@@ -94,11 +97,17 @@ def _load(args: Namespace, model, optimizer, scheduler, load_base) -> int:
     """Base, then adapters. Returns the iteration that slime goes on from, as its own loader does."""
     resumed = adapter_step_dir(args.load, args.ckpt_step) is not None
     base, base_step = base_source(args)
+    quant = BaseQuant.from_args(args)
+    if quant is not None:
+        _refuse_quantised(base)
     with (
         _base_only(model),
+        dense_on_host(model) if quant is not None and not _is_hf(base) else contextlib.nullcontext(),
         _changed(args, load=str(base), ckpt_step=base_step, finetune=True, no_load_optim=True, no_load_rng=True),
     ):
         load_base()
+    if quant is not None:
+        logger.info("LoRA: %s", finish_packing(model, quant))
     remember_base(model, base, base_step)
     logger.info("LoRA: base from %s", base)
     if resumed:
@@ -124,6 +133,18 @@ def _resume(args: Namespace, model, optimizer, scheduler) -> int:
     )
     logger.info("LoRA: adapters of step %s from %s%s", loaded.step, args.load, ", optimizer fresh" * fresh)
     return 0 if args.finetune else loaded.step or 0
+
+
+def _is_hf(base: str) -> bool:
+    return (Path(base) / "config.json").is_file()
+
+
+def _refuse_quantised(base: str) -> None:
+    if _is_hf(base) and "quantization_config" in json.loads((Path(base) / "config.json").read_bytes()):
+        raise UsageError(
+            f"{base} is quantised already, which slime cannot load; give the dense checkpoint: --lora-base-quant nf4 "
+            "makes the same codes of it"
+        )
 
 
 def base_source(args: Namespace) -> tuple[str, int | None]:

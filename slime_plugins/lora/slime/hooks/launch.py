@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from pathlib import Path
 
 from slime_plugins.lora.arguments import add_lora_arguments, validate_lora_args
+from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.slime.hooks.paths import TRACKER, adapter_step_dir, step_dir
@@ -86,6 +88,7 @@ def _add_slime_only(parser: ArgumentParser) -> None:
     )
     add("--lora-export-dir", default=None, metavar="DIR", help="write a PEFT adapter below it with every checkpoint")
     add("--lora-critic", action="store_true", help="adapters and value head on the critic too (else it trains whole)")
+    add("--optim", default=None, help=SUPPRESS)  # of QLoRA scripts; see ``refusals``
     add("--lora-save-merged", action="store_true", help="--save-hf: the merged model in merged/, beside the adapter")
 
 
@@ -162,7 +165,8 @@ def model_provider(get_provider):
 
         @functools.wraps(provider)
         def with_adapters(*more, **kwargs):
-            model = provider(*more, **kwargs)
+            with _packing_if(BaseQuant.from_args(args)):
+                model = provider(*more, **kwargs)
             chunks.append(model)
             if len(chunks) == (getattr(args, "virtual_pipeline_model_parallel_size", None) or 1):
                 _adapt(chunks, args, role)  # all chunks at once: a target may match in one of them alone
@@ -174,6 +178,15 @@ def model_provider(get_provider):
     return hooked
 
 
+def _packing_if(quant: BaseQuant | None) -> contextlib.AbstractContextManager:
+    """Build with codes in place of dense weights, if that is asked for."""
+    if quant is None:
+        return contextlib.nullcontext()
+    from slime_plugins.lora.packing import packing
+
+    return packing()
+
+
 def wants_adapters(args: Namespace, role: str) -> bool:
     """Does the model of this role get adapters?"""
     return bool(getattr(args, "use_lora", False)) and (role == "actor" or getattr(args, "lora_critic", False))
@@ -183,7 +196,11 @@ def _adapt(chunks: list, args: Namespace, role: str) -> None:
     import torch.distributed as dist
 
     from slime_plugins.lora.inject import apply_lora
+    from slime_plugins.lora.packing import keep_packed
 
+    quant = BaseQuant.from_args(args)
+    if quant is not None:
+        keep_packed(chunks, quant)
     report = apply_lora(chunks, LoRAConfig.from_args(args))
     if role == "critic":
         for chunk in chunks:

@@ -21,6 +21,7 @@ from slime_plugins.lora.adapters import has_adapters, iter_adapters, state_of
 from slime_plugins.lora.layers import Carrier, LoRALinear
 from slime_plugins.lora.names import is_adapter
 from slime_plugins.lora.projections import Rounding
+from slime_plugins.lora.quant.packed import PackedWeight, dense_of, noted
 
 
 class Values(Protocol):
@@ -132,8 +133,12 @@ def merging_one(all_gather_param):
             return all_gather_param(name, param)
         if id(param) in _current.linears:
             merged = torch.nn.Parameter(merge(*_current.linears[id(param)], param), requires_grad=False)
-            merged.__dict__.update(param.__dict__)  # tensor_model_parallel, partition_dim, parallel_mode
+            merged.__dict__.update(noted(param))  # tensor_model_parallel, partition_dim, parallel_mode
             param = merged
+        elif isinstance(param, PackedWeight):  # an unadapted linear of a 4-bit base
+            dense = torch.nn.Parameter(dense_of(param), requires_grad=False)
+            dense.__dict__.update(noted(param))
+            param = dense
         full = all_gather_param(name, param)
         from megatron.core import mpu
 
@@ -194,7 +199,7 @@ class MergedWeights(Mapping):
         adapted = self._linears.get(id(parameter))
         if _current is not None:
             _current.read_bytes += tensor.numel() * tensor.element_size()
-        return tensor.detach() if adapted is None else merge(*adapted, tensor, self._policies)
+        return dense_of(tensor) if adapted is None else merge(*adapted, tensor, self._policies)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._live)
@@ -225,5 +230,7 @@ def _offloaded_copy(parameter: torch.Tensor) -> torch.Tensor:
     """What slime's memory saver keeps of a weight in host memory while it is paused; the weight itself otherwise."""
     from torch_memory_saver import torch_memory_saver
 
+    if isinstance(parameter, PackedWeight):
+        return PackedWeight(parameter.packed.map(_offloaded_copy), parameter.dtype)
     copy = torch_memory_saver.get_cpu_backup(parameter, zero_copy=True)
     return parameter if copy is None else copy

@@ -13,13 +13,19 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 
 import torch
 import torch.distributed as dist
 
 from slime_plugins.lora.adapters import has_adapters, iter_adapters, state_of
 from slime_plugins.lora.layers import LoRALinear
+from slime_plugins.lora.quantize import base_quant_of
 
+logger = logging.getLogger(__name__)
+
+ANOTHER_BASE = 0.1
+"""Mean |log-prob difference|: bf16 noise is 0.03; an adapter of a 4-bit base on the dense one 0.59 (docs/qlora.md)."""
 SAMPLED = 8
 """Linears per pipeline stage whose base norm is read, once."""
 
@@ -34,11 +40,28 @@ def measuring(train_one_step):
         model = signature.bind(*args, **kwargs).arguments["model"]
         if has_adapters(model):
             measured = measure(model)
+            _warn_of_another_base(model, losses)
             if losses:  # the last pipeline stage's; the others have none to log
                 losses = {**losses, **{f"lora/{name}": value for name, value in measured.items()}}
         return (losses, *rest)
 
     return hooked
+
+
+def _warn_of_another_base(model, losses) -> None:
+    """Once, at the first step on a 4-bit base: do the engines answer as the trainer does?"""
+    key, state = "train_rollout_logprob_abs_diff", state_of(model)
+    if not losses or key not in losses or state.compared_with_engines or base_quant_of(model) is None:
+        return
+    state.compared_with_engines = True
+    difference = float(losses[key])
+    if difference > ANOTHER_BASE:
+        logger.warning(
+            "LoRA: train_rollout_logprob_abs_diff is %.3f at the first step, more than the %.1f that is to be "
+            "expected of engines on the 4-bit base: do they hold its dequantised weights (--lora-sync merged)?",
+            difference,
+            ANOTHER_BASE,
+        )
 
 
 @torch.no_grad()
@@ -92,8 +115,9 @@ def _base_squares(model, linears: list[LoRALinear], device) -> dict[LoRALinear, 
     """Sum of squares of whole base weights; read once, for the base does not change."""
     known = state_of(model).base_squares
     if linears and not known:
-        matrices = [linear.lora_base.matrices() for linear in linears]
-        squares = [torch.stack([w.float().square().sum() for w in found]) for found in matrices]
+        squares = [  # linear by linear: matrices of a packed base are made here
+            torch.stack([w.float().square().sum() for w in linear.lora_base.matrices()]) for linear in linears
+        ]
         known.update(zip(linears, (square.to(device) for square in _sum_over_shards(linears, squares))))
     return known
 

@@ -19,7 +19,9 @@ from collections.abc import Iterator
 import torch
 
 from slime_plugins.lora.adapters import adapters_disabled, base_parameters, has_adapters, iter_carriers
+from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.layers import Carrier
+from slime_plugins.lora.quantize import base_quant_of
 from slime_plugins.lora.slime.hooks.base_check import same_base
 from slime_plugins.lora.slime.hooks.checkpoints import another_policy
 from slime_plugins.lora.slime.hooks.merged_sync import MergedWeights
@@ -48,6 +50,11 @@ def other_policy(load_other_checkpoint):
             store.use_base(model_tag)
             _log("LoRA: %s is the base with the adapters off; no copy of it in host memory", model_tag)
             return None
+        if base_quant_of(self.model) is not None:
+            raise UsageError(
+                f"--lora-base-quant nf4: the {model_tag} would come from {path}, not the base that trains, and a "
+                f"4-bit base holds no other weights; give the base as the {model_tag}, or train on a dense base"
+            )
         with another_policy():
             store.use_full_copy(model_tag, lambda: load_other_checkpoint(self, model_tag, path), path)
         self._active_model_tag = "actor"

@@ -92,6 +92,7 @@ class _LayerNormLinear(torch.autograd.Function):
         if not weight.requires_grad and not ctx.returned:
             _clear(normed)
         ctx.save_for_backward(x_NI, norm_weight, norm_bias, weight, normed)
+        ctx.weight = weight  # for its attributes alone
         ctx.module, ctx.shape, ctx.use_bias = module, inp.shape, bias is not None
         return out.view(-1, *inp.shape[1:-1], module.out_features), returned
 

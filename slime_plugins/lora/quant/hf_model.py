@@ -1,0 +1,39 @@
+"""A transformers model on the base that a trainer has, dense or in 4 bits with the same bits."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+from slime_plugins.lora.base.quantization import BaseQuant, dense_modules
+from slime_plugins.lora.quant import nf4
+from slime_plugins.lora.quant.dequantize import decoder_linears
+
+
+def load_base(hf_dir: str | os.PathLike, dtype: torch.dtype, device: str, quant: BaseQuant | None = None) -> Any:
+    """``AutoModelForCausalLM`` in ``dtype`` on a device.
+
+    On CPUs with bf16 instructions bitsandbytes rounds scales to bf16 when a model is evaluated, for a kernel of its
+    own. That is switched off: it is not the base that is trained.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if quant is None:
+        return AutoModelForCausalLM.from_pretrained(hf_dir, dtype=dtype).to(device)
+    nf4.bitsandbytes()
+    from bitsandbytes.nn import Linear4bit
+    from transformers import BitsAndBytesConfig
+
+    checkpoint = BaseCheckpoint(hf_dir)
+    dense = dense_modules(quant, decoder_linears(checkpoint), mla=checkpoint.mla)
+    config = BitsAndBytesConfig(**quant.to_hf(map(checkpoint.spelled, dense)), bnb_4bit_compute_dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        hf_dir, dtype=dtype, quantization_config=config, device_map={"": device}
+    )
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model

@@ -1,0 +1,94 @@
+"""A 4-bit base in slime's hooks: built in codes, loaded shard by shard, synced, resumed.
+
+pytest tests/quant/test_nf4_slime.py
+"""
+
+from __future__ import annotations
+
+import nf4_oracle
+import nf4_slime_runs
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from slime_plugins.lora.base.merge import merge_checkpoint
+from slime_plugins.lora.checkpoint.reader import AdapterCheckpoint
+from slime_plugins.lora.cli import main
+from slime_plugins.lora.cli.verify import table
+from slime_plugins.lora.peft.verify import verify_adapter
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """dtype -> (checkpoint, the same with dequantised weights)."""
+    cache = {}
+
+    def get(dtype):
+        if dtype not in cache:
+            path = nf4_oracle.checkpoint(tmp_path_factory, dtype=dtype)
+            names = [f"model.layers.{layer}.self_attn.{p}_proj" for layer in range(2) for p in "qkvo"]
+            names += [f"model.layers.{layer}.mlp.{p}_proj" for layer in range(2) for p in ("gate", "up", "down")]
+            weights = nf4_oracle.through_codes(path, names)
+            cache[dtype] = path, nf4_oracle.dense_copy(path, weights, tmp_path_factory.mktemp("dense") / "checkpoint")
+        return cache[dtype]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    "dtype, sizes", [(torch.float32, dict()), (torch.bfloat16, dict(tp=2))], ids=["tp1", "tp2-bf16"]
+)
+def test_from_building_to_resuming(pool1, pool2, bases, tmp_path, dtype, sizes):
+    path, dense = bases(dtype)
+    pool = pool2 if sizes else pool1
+    for seen in pool.run(nf4_slime_runs.whole_life, path, dense, tmp_path, dtype, **sizes):
+        assert seen["packed while built"] == 8 and seen["nan"]
+        assert seen["dense after load"] == 0
+        assert seen["sent"] == [[], []] and seen["names"]  # round(dequantised + scaling B A), bit for bit
+        assert seen["bytes"][0] == seen["bytes"][1]
+        assert seen["policy"] and seen["reference"] and seen["resumed"]
+        teacher, engines = seen["raised"]
+        assert teacher.startswith("UsageError: --lora-base-quant nf4: the teacher would come from")
+        assert "which is not the base that trains" in engines and "`slime-lora dequantize`" in engines
+    if sizes:
+        count, on_dense = pool1.run(nf4_slime_runs.resumed_elsewhere, path, tmp_path, dtype)[0]
+        assert count == 4
+        assert "base nf4 with nested scales in the checkpoint, dense here" in on_dense
+        check_export(tmp_path, path, dense)
+
+
+def check_export(tmp_path, path, dense):
+    """The adapter says on what it was trained; merged, it lies on the dequantised base unless told otherwise."""
+    export = ["export", "--checkpoint", str(tmp_path / "ckpt"), "--hf-checkpoint", str(path), "--out"]
+    assert main([*export, str(tmp_path / "adapter")]) == 0
+    said = table(verify_adapter(tmp_path / "adapter", path))
+    assert "nf4 while it was trained: load it with BitsAndBytesConfig(load_in_4bit=True, " in said
+    assert said.endswith("ok")
+    projections = list(AdapterCheckpoint(tmp_path / "ckpt").projections())
+    for flags, base in (((), dense), (("--merge-onto", "original"), path)):
+        out = tmp_path / f"merged-{base.name}"
+        assert main([*export, str(out), "--merge", *flags]) == 0
+        merge_checkpoint(projections, base, tmp_path / f"expected-{base.name}")
+        merged, expected = (load_file(d / "model.safetensors") for d in (out, tmp_path / f"expected-{base.name}"))
+        assert merged.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())
+
+
+def test_a_checkpoint_without_a_weight(pool1, bases, tmp_path):
+    path, _ = bases(torch.float32)
+    message = pool1.run(nf4_slime_runs.incomplete, path, tmp_path, "mlp.linear_fc1")[0]
+    assert "has no weights for module.decoder.layers.0.mlp.linear_fc1.weight; is it" in message
+
+
+def test_loaded_in_parts(pool2, bases, tmp_path):
+    path, dense = bases(torch.bfloat16)
+    expected = load_file(dense / "model.safetensors")
+    found, _ = pool2.run(nf4_slime_runs.loaded_in_parts, path, tmp_path, tp=2)
+    assert len(found) == 8  # the adapted linears: q, k, v and down
+    assert [name for name, weight in found.items() if not torch.equal(weight, expected[f"{name}.weight"])] == []
+
+
+def test_excluded(pool1, bases, tmp_path):
+    path, _ = bases(torch.float32)
+    packed, logits = pool1.run(nf4_slime_runs.excluded, path, tmp_path)[0]
+    assert packed == ["linear_fc2", "linear_proj", "linear_qkv"] and not logits.isnan().any()
