@@ -33,12 +33,12 @@ $(READY): pyproject.toml constraints-cpu.txt setup.py
 		{ echo "error: $(PYTHON) has no venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "setting up $(VENV) (once; a few minutes) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) -e '.[rehearsal,test]'
+	@$(PIP) -e '.[rehearsal,test,quant]'
 	@touch $@
 
-# DeepSpeed is an sdist; without its compiled ops it is pure Python. bitsandbytes holds its CPU kernels in the wheel.
+# DeepSpeed is an sdist; without its compiled ops it is pure Python.
 $(READY_ALL): $(READY)
-	@echo "adding the packages that only the slow tests compare with ..."
+	@echo "adding DeepSpeed, with which only slow tests compare ..."
 	@DS_BUILD_OPS=0 $(PIP) -e '.[rehearsal,test,quant,deepspeed]'
 	@touch $@
 
