@@ -137,7 +137,7 @@ def test_ends_in_order_when_told_to(cache, tmp_path, capsys, end, code, word):
         run.wait_for("step 2/1000")
         assert any("RankTrainer" in command for command in run.processes().values())
         end(run)
-        found, log = run.wait(timeout=60)
+        found, log = run.wait()
         assert found == code, log
         assert not run.orphans()
     *_, last = log.strip().splitlines()
@@ -158,9 +158,12 @@ def test_nothing_outlives_a_killed_run(cache, tmp_path):
     """kill -9 while processes are starting, when Ray's own are the least aware of who started them."""
     with Rehearsal(tmp_path / "run", cache, "--steps", "1000", *TINY[2:]) as run:
         run.wait_for_processes("ray::")
+        started = {pid: name for pid, name in run.processes().items() if "ray::" in name or "raylet" in name}
+        # An agent that renamed itself over its environment had lost the mark, and stayed if it noticed nothing itself.
+        assert started.keys() <= run.processes("SLIME_LORA_RUN").keys()
         os.kill(run.process.pid, signal.SIGKILL)
         run.process.wait()
-        assert not run.orphans(patience=20)
+        assert not run.orphans(patience=120)
 
 
 def test_crashed_rank_ends_the_run(cache, tmp_path):
@@ -168,7 +171,7 @@ def test_crashed_rank_ends_the_run(cache, tmp_path):
         run.wait_for("step 1/1000")
         rank = next(pid for pid, command in run.processes().items() if "RankTrainer" in command)
         os.kill(rank, signal.SIGKILL)
-        code, log = run.wait(timeout=90)
+        code, log = run.wait()
         assert code == 1, log
         assert "slime-lora: error: the process of rank" in log
         assert "Traceback" not in log

@@ -33,8 +33,11 @@ class Rehearsal:
             )
 
     def wait(self, timeout: float = 240) -> tuple[int, str]:
-        """Exit code and everything that was printed."""
-        code = self.process.wait(timeout)
+        """Exit code and everything that was printed. The time is for the slowest of machines, not a measure."""
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout} s:\n{self.log.read_text()}") from None
         return code, self.log.read_text()
 
     def wait_for(self, text: str, timeout: float = 180) -> None:
@@ -60,13 +63,15 @@ class Rehearsal:
             assert time.monotonic() < deadline, f"no process {text!r} in {timeout} s:\n{self.log.read_text()}"
             time.sleep(0.05)
 
-    def processes(self) -> dict[int, str]:
-        """Living processes of this run: pid -> command line."""
+    def processes(self, variable: str | None = None) -> dict[int, str]:
+        """Living processes of this run: pid -> command line. Or those of them that have ``variable`` as well."""
         found = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with contextlib.suppress(OSError):
-                    if f"{_MARK}={self.mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    environ = (entry / "environ").read_bytes().split(b"\0")
+                    names = {name.partition(b"=")[0].decode() for name in environ}
+                    if f"{_MARK}={self.mark}".encode() in environ and (variable is None or variable in names):
                         found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         return found
 

@@ -29,7 +29,7 @@ def ray_cluster(settings: Settings, device: str, *, show_logs: bool = False) -> 
         try:
             _start_ray(settings.world_size + 1, show_logs)
             # Ray sets a handler of its own, that ends this process on the spot.
-            _set_handler(signal.SIGTERM, _terminate)
+            _set_handler(signal.SIGTERM, _interrupt)
             yield Cluster(settings, device, os.path.join(store_dir, "store"))
         finally:
             with _no_interrupts():
@@ -95,6 +95,8 @@ def _wait(calls: dict[str, Any]) -> list[Any]:
     """Results in order; the first failure ends the wait, as the other ranks may be stuck in a collective with it."""
     import ray
 
+    if _due:
+        raise _due[-1]
     names = {ref: name for name, ref in calls.items()}
     results, pending = {}, list(calls.values())
     while pending:
@@ -114,8 +116,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-@contextlib.contextmanager
-def _environment(device: str) -> Iterator[None]:
+def _environment(device: str) -> contextlib.AbstractContextManager[None]:
     """What Ray's processes inherit: where the package is, no GPU on ``cpu``, GPUs unmanaged on ``cuda``."""
     package_root = str(Path(__file__).parents[3])
     changes = {
@@ -128,16 +129,7 @@ def _environment(device: str) -> Iterator[None]:
         changes["CUDA_VISIBLE_DEVICES"] = ""
     else:
         changes["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    return reaper.environment(changes)
 
 
 class Terminated(KeyboardInterrupt):
@@ -146,14 +138,20 @@ class Terminated(KeyboardInterrupt):
     exit_code = 143
 
 
-def _terminate(number, frame) -> None:
-    raise Terminated
+_due: list[type[KeyboardInterrupt]] = []
+"""The interrupt that was raised. It may have landed in a destructor, where Python prints and forgets it."""
+
+
+def _interrupt(number, frame) -> None:
+    _due.append(Terminated if number == signal.SIGTERM else KeyboardInterrupt)
+    raise _due[-1]
 
 
 @contextlib.contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
     """SIGTERM unwinds like Ctrl-C, so that it leaves no process and no temporary directory either."""
-    with _handler(signal.SIGTERM, _terminate):
+    _due.clear()
+    with _handler(signal.SIGTERM, _interrupt), _handler(signal.SIGINT, _interrupt):
         yield
 
 

@@ -21,25 +21,39 @@ _MARK = "SLIME_LORA_RUN"
 _GOODBYE = b"."
 _PATIENCE_S = 5.0
 """For processes that end by themselves, and in order."""
+_KEEP_ENVIRON = {"SPT_NOENV": "1"}
+"""Ray's agents name themselves with setproctitle, which writes over the first kilobyte of their environment, with or
+without the mark in it, unless this is set (setproctitle's README)."""
 
 
 @contextlib.contextmanager
 def watching(temporary: str) -> Iterator[None]:
     """Inside, processes that are started belong to this run and end with it, at the latest seconds after."""
-    mark, before = uuid.uuid4().hex, os.environ.get(_MARK)
+    mark = uuid.uuid4().hex
     command = [sys.executable, "-I", "-S", __file__, mark, temporary]
     # A session of its own: Ctrl-C in a terminal goes to all processes of the foreground group.
     process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, cwd="/")
-    os.environ[_MARK] = mark
+    try:
+        with environment({_MARK: mark, **_KEEP_ENVIRON}):
+            yield
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            process.communicate(_GOODBYE)
+
+
+@contextlib.contextmanager
+def environment(changes: dict[str, str]) -> Iterator[None]:
+    """Inside, these variables are set, and inherited by what is started; afterwards they are as they were."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop(_MARK, None)
-        else:
-            os.environ[_MARK] = before
-        with contextlib.suppress(BrokenPipeError):
-            process.communicate(_GOODBYE)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _marked(mark: str) -> list[int]:
@@ -57,10 +71,14 @@ def _reap(mark: str, temporary: str) -> None:
     deadline = time.monotonic() + _PATIENCE_S
     while _marked(mark) and time.monotonic() < deadline:
         time.sleep(0.2)
-    while pids := _marked(mark):  # again: what is being killed may be starting another one
+    # Again: what is being killed may be starting another one. Twice: a process has no environment while it is in exec.
+    seen_none = 0
+    while seen_none < 2:
+        pids = _marked(mark)
         for pid in pids:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
+        seen_none = 0 if pids else seen_none + 1
         time.sleep(0.2)
     shutil.rmtree(temporary, ignore_errors=True)
 
