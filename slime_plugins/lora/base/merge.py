@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import torch
 
@@ -14,15 +14,31 @@ from slime_plugins.lora.base.checkpoint import MERGEABLE, BaseCheckpoint
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.files.atomic import replaced_directory
 from slime_plugins.lora.files.safetensors import Stored
-from slime_plugins.lora.projections import Projection, Rounding, merge
+from slime_plugins.lora.projections import Rounding, merge
 
 _COPY_BYTES = 1 << 24
+_ROUNDED_AT_ONCE = 1 << 20  # entries: counting what is lost takes several copies of them, two in float64
 # Suffixes of weights in forms that were not merged, and names of an adapter beside the base: not copied.
 _OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 _ADAPTER_CONFIG = "adapter_config.json"
 
 
-def merge_weight(weight: torch.Tensor, projection: Projection, rounding: Rounding | None = None) -> torch.Tensor:
+class Update(Protocol):
+    """What is merged into one matrix: a ``Projection``, or something that reads its values when they are needed."""
+
+    @property
+    def name(self) -> str:
+        """Of the linear, canonical."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]"""
+
+    def update(self) -> torch.Tensor:
+        """scaling * B A, float32 [out, in]."""
+
+
+def merge_weight(weight: torch.Tensor, projection: Update, rounding: Rounding | None = None) -> torch.Tensor:
     """W + scaling * B A in W's dtype, [out, in]; the sum is rounded once.
 
     Raises:
@@ -32,19 +48,22 @@ def merge_weight(weight: torch.Tensor, projection: Projection, rounding: Roundin
         raise ValueError(
             f"{projection.name} is {list(weight.shape)} in the base, its adapter is for {list(projection.shape)}"
         )
-    merged = merge(weight, projection.update(), rounding)
-    if not torch.isfinite(merged).all():
-        raise ValueError(f"{projection.name} is not finite after merging")
+    update, merged = projection.update(), torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    rows = max(1, _ROUNDED_AT_ONCE // weight.shape[1])
+    for part in zip(weight.split(rows), update.split(rows), merged.split(rows)):
+        part[2].copy_(merge(*part[:2], rounding))
+        if not torch.isfinite(part[2]).all():
+            raise ValueError(f"{projection.name} is not finite after merging")
     return merged
 
 
 def merge_checkpoint(
-    projections: Iterable[Projection], hf_checkpoint: str | os.PathLike | BaseCheckpoint, out_dir: str | os.PathLike
+    projections: Iterable[Update], hf_checkpoint: str | os.PathLike | BaseCheckpoint, out_dir: str | os.PathLike
 ) -> Rounding:
     """Write a copy of a base checkpoint with adapters merged in, whole or not at all.
 
     Files, index, tensor order and dtypes stay those of the base, so tied embeddings stay tied; adapted matrices are
-    replaced one by one as the bytes stream past: one matrix in memory at a time, beside the adapter.
+    replaced one by one as the bytes stream past: one matrix in memory at a time, beside what the updates hold.
 
     Raises:
         UsageError: ``hf_checkpoint`` is no checkpoint, or ``out_dir`` holds something.
@@ -80,7 +99,7 @@ def _check_link(entry: Path) -> None:
         raise ValueError(f"{entry} is a link to {target}, outside of the checkpoint: not copied; put the file there")
 
 
-def _check(name: str, projection: Projection, base: BaseCheckpoint) -> None:
+def _check(name: str, projection: Update, base: BaseCheckpoint) -> None:
     weight = base.weights.get(name)
     if weight is None or weight.shape != projection.shape:
         has = f"has {list(weight.shape)}" if weight else "has none of that name"
@@ -96,7 +115,7 @@ def _merge_file(
     source: BinaryIO,
     target: BinaryIO,
     weights: Mapping[str, Stored],
-    updates: Mapping[str, Projection],
+    updates: Mapping[str, Update],
     rounding: Rounding,
 ) -> None:
     """Copy a safetensors file; tensors that have an update are written merged, in their places."""
@@ -104,7 +123,8 @@ def _merge_file(
         if name in updates:
             _copy(source, target, weight.start - source.tell())
             merged = merge_weight(weight.read(), updates[name], rounding)
-            target.write(merged.contiguous().reshape(-1).view(torch.uint8).numpy())
+            target.write(merged.reshape(-1).view(torch.uint8).numpy())
+            del merged  # before the next one is made
             source.seek(weight.end)
     _copy(source, target, None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from slime_plugins.lora.cli.arguments import check_out, place
+from slime_plugins.lora.cli.arguments import check_out, lost, place
 
 FORMATS = ("per-expert", "fused")  # peft.experts_form.FORMATS, which costs torch to import
 NAME = "export"
@@ -109,8 +109,4 @@ def _export(projections, manifest, base, args: argparse.Namespace) -> None:
 def _merge(projections, base, args: argparse.Namespace) -> None:
     from slime_plugins.lora.base.merge import merge_checkpoint
 
-    rounding = merge_checkpoint(projections, base, args.out)
-    print(
-        f"lost to rounding: {rounding.lost_share:.2%} of the update by size "
-        f"({rounding.unchanged:,} of {rounding.entries:,} weights did not move)"
-    )
+    print(lost(merge_checkpoint(projections, base, args.out)))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from peft_merged import merge_and_unload
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -133,27 +134,6 @@ def test_resume_experts_at_another_split(run):
     check_learning(straight, 4)
     resumed = run(*words, "--tp", "2", "--resume", extra=f"{LORA} --ckpt-step 1", of=straight)
     check_going_on(resumed, straight)
-
-
-def merge_and_unload(base: Path, adapter: Path) -> dict:
-    """Weights of transformers + PEFT, merged in float32, rounded once, under the names of the base's files."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    weights = {}
-    for name, tensor in merged.state_dict().items():
-        experts, _, leaf = name.rpartition(".experts.")
-        if not experts:
-            weights[name] = tensor.to(torch.bfloat16)
-            continue
-        leaves = ["gate_proj", "up_proj"] if leaf == "gate_up_proj" else [leaf]
-        for i, expert in enumerate(tensor):
-            for half, piece in zip(leaves, expert.chunk(len(leaves))):
-                weights[f"{experts}.experts.{i}.{half}.weight"] = piece.to(torch.bfloat16)
-    return weights
 
 
 @pytest.mark.parametrize(
