@@ -1,4 +1,4 @@
-"""The judge of all merging: transformers + PEFT, merged in float32 and rounded once, under the names of a base's files."""
+"""The judge of all merging: transformers + PEFT, merged in float32, rounded once, by the names of the base's files."""
 
 from __future__ import annotations
 

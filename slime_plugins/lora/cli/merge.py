@@ -10,9 +10,9 @@ NAME = "merge"
 HELP = "Merge a PEFT adapter into its base: a full model, for instance to train a new adapter on."
 EPILOG = """\
 One plain process: no GPU, no process group, no Megatron. Every matrix is W + scaling * B A in float32, rounded once
-to the base's dtype, as PEFT's merge_and_unload of a float32 model is; all else of the base is copied byte for byte. The
-whole base is read, once, and compared with what the adapter notes of the one that it was made for. In memory is one
-matrix at a time. DIR appears when all of it is on disk, or not at all. The last line printed is the path written.
+to the base's dtype, as PEFT's merge_and_unload of a float32 model is; the rest of the base is copied byte for byte.
+The whole base is read, once, and compared with what the adapter notes of the one that it was made for. In memory is
+one matrix at a time. DIR appears when all of it is on disk, or not at all. The last line printed is the path written.
 
 examples:
   slime-lora merge sft-adapter --hf-checkpoint Qwen3-4B --out Qwen3-4B-sft
