@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from slime_plugins.lora.arguments import lora_args
+from slime_plugins.lora.arguments import check_lora_plus, lora_args
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.objectives import OBJECTIVES, objective_class, option_names
@@ -96,6 +96,8 @@ class Settings:
     """Samples per forward pass; None takes what fits in ``MICRO_BATCH_TOKENS``."""
     lr: float = 5e-3
     """Constant. For adapters, so some 10 times that of full training."""
+    lora_plus_ratio: float = 1.0
+    """LoRA+: B's learning rate over A's, which is ``lr``."""
     weight_decay: float = 0.0
     clip_grad: float = 1.0
     eps_clip: float = 0.2
@@ -145,6 +147,7 @@ class Settings:
         if (not self.hf_checkpoint) != (not self.prompt_data):
             raise UsageError("--hf-checkpoint and --prompt-data go together; without both, the built-in ones are used")
         self._check_numbers()
+        check_lora_plus(self.lora_plus_ratio)
         rollouts = objective_class(self.objective).rollouts
         if rollouts and self.n_samples_per_prompt < 2:
             raise UsageError("--n-samples-per-prompt 1: GRPO compares the samples of one prompt, expected at least 2")

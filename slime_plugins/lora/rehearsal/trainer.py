@@ -46,6 +46,7 @@ class RankTrainer:
 
         from slime_plugins.lora import apply_lora
         from slime_plugins.lora.base.decoder import HFBase
+        from slime_plugins.lora.control.rates import with_lora_plus
         from slime_plugins.lora.rehearsal.model import build_chunks
 
         self.settings = settings
@@ -73,7 +74,7 @@ class RankTrainer:
             DistributedDataParallel(self.config, ddp_config, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(self.chunks)
         ]
-        self.optimizer = get_megatron_optimizer(
+        self.optimizer = with_lora_plus(get_megatron_optimizer, settings.lora_plus_ratio)(
             OptimizerConfig(
                 optimizer="adam",
                 lr=settings.lr,

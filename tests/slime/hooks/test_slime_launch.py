@@ -80,6 +80,8 @@ def test_flags_without_use_lora_are_refused(flag):
         ("", dict(use_critic=True, save="d", critic_save=None), "one of its own"),
         ("--lora-save-merged", {}, "give --save-hf too"),
         ("--lora-r 0", {}, "rank is 0"),
+        ("--lora-plus-ratio 0.5", {}, "expected at least 1"),
+        ("--lora-plus-ratio 4", dict(lr_warmup_init=1e-6), "drop --lr-warmup-init"),
         ("--lora-sync adapter", {}, "--lora-sync-dir"),
         ("--lora-sync adapter", dict(update_weight_mode="delta"), "--lora-sync merged"),
         ("--lora-sync adapter", dict(release_train=True), "--lora-sync merged"),

@@ -251,6 +251,18 @@ def test_the_base_as_teacher(run, straight):
     assert taught.of("grad_norm")[1] != straight.of("grad_norm")[1]
 
 
+def test_lora_plus(run):
+    """B's rate over A's in every step, through slime's own scheduler, its checkpoint and a resume."""
+    words = ("--steps", "3", "--save-interval", "2")
+    extra = f"{LORA} --lora-plus-ratio 8 --lr-warmup-iters 2 --lr-decay-style linear"
+    straight = run(*words, extra=extra)
+    check_learning(straight, 3)
+    A, B = straight.of("lr-pg_0"), straight.of("lr-pg_1")
+    assert len(set(A)) == 3 and B == pytest.approx([8 * rate for rate in A])
+    resumed = run(*words, "--resume", extra=f"{extra} --ckpt-step 1", of=straight)
+    assert resumed.steps == straight.steps[2:]
+
+
 def test_sft(run):
     extra = f"{LORA} --loss-type sft_loss --calculate-per-token-loss --disable-compute-advantages-and-returns"
     sft = run("--steps", "2", extra=extra)

@@ -161,6 +161,23 @@ def model_provider(get_provider):
     return hooked
 
 
+def optimizing(get_megatron_optimizer):
+    """Hook: LoRA+, in the optimizer of a model that has adapters."""
+
+    @functools.wraps(get_megatron_optimizer)
+    def hooked(config, model_chunks, *more, **kwargs):
+        from megatron.training.global_vars import get_args
+
+        from slime_plugins.lora.adapters import has_adapters
+        from slime_plugins.lora.control.rates import with_lora_plus
+
+        args = get_args()
+        ratio = args.lora_plus_ratio if getattr(args, "use_lora", False) and has_adapters(model_chunks) else 1.0
+        return with_lora_plus(get_megatron_optimizer, ratio)(config, model_chunks, *more, **kwargs)
+
+    return hooked
+
+
 def wants_adapters(args: Namespace, role: str) -> bool:
     """Does the model of this role get adapters?"""
     return bool(getattr(args, "use_lora", False)) and (role == "actor" or getattr(args, "lora_critic", False))

@@ -231,6 +231,12 @@ TRAINING = (
         "chunks, and every adapter below such a layer trains on wrong ones; use --context-parallel-size 1",
     ),
     Refusal(
+        "LoRA+ and a warmup that does not start at 0",
+        lambda launch: (launch.given("lora_plus_ratio") or 1) != 1 and launch.given("lr_warmup_init"),
+        "--lora-plus-ratio with --lr-warmup-init: the warmup starts A and B at one rate, not at the ratio; drop "
+        "--lr-warmup-init",
+    ),
+    Refusal(
         "deepgemm",
         lambda launch: (
             launch.given("megatron_deepgemm_forward_layers") or launch.given("megatron_deepgemm_moe_forward_layers")
