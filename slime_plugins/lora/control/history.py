@@ -71,10 +71,10 @@ class History:
         """Was the validation after ``step`` steps the best so far?"""
         return self.state.best_step == step
 
-    def metric_at(self, step: int) -> float | None:
-        """The rule's metric after ``step`` steps, if it was measured then."""
-        found = (e.metrics[self.rule.metric] for e in self.entries if e.step == step and self.rule.metric in e.metrics)
-        return next(found, None)
+    @property
+    def stopped_at(self) -> int | None:
+        """The step after which the run was stopped."""
+        return max((e.step for e in self.entries if e.decision), default=None) if self.state.stopped else None
 
     def write(self, directory: str | os.PathLike) -> Path:
         """Put it in place of an earlier one, whole or not at all."""
@@ -92,7 +92,7 @@ class History:
         """JSON with a line for each validation."""
         state = self.state
         best = None if state.best_step is None else {"step": state.best_step, "value": state.best}
-        stopped = {"step": self.entries[-1].step, "why": state.stopped} if state.stopped else None
+        stopped = {"step": self.stopped_at, "why": state.stopped} if state.stopped else None
         lines = [json.dumps(_written(entry)) for entry in self.entries]
         parts = {
             "rule": json.dumps(dataclasses.asdict(self.rule) if self.rule else None),

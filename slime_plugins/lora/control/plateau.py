@@ -14,6 +14,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from slime_plugins.lora.errors import UsageError
 
@@ -126,7 +127,8 @@ def start(rule: Plateau) -> State:
 
 def decide(rule: Plateau, state: State, seen: Validation) -> tuple[State, str]:
     """The state after one more validation, and what was decided, in words."""
-    words, value, changes = [], seen.value, {}
+    words, value = [], seen.value
+    changes: dict[str, Any] = {}
     finite = math.isfinite(value)
     if finite and (state.best is None or rule.better(value, state.best)):
         changes |= {"best": value, "best_step": seen.step}

@@ -45,6 +45,20 @@ class Source:
         self.recorder.samples(done, scored, held_out=True)
         return sum(one.reward for one in scored) / len(scored)
 
+    def validation_loss(self, prompts: list[Prompt]) -> float:
+        """Mean of -log p over all response tokens of given responses, in nats."""
+        size, nll, tokens = self.settings.samples_per_rank * self.settings.dp, 0.0, 0.0
+        for start in range(0, len(prompts), size):
+            part = prompts[start : start + size]
+            batch, _ = self._given(part)
+            padding = size - len(part)
+            if padding:  # of samples without a response token
+                batch = Batch(*(torch.nn.functional.pad(t, (0, 0, 0, padding)) for t in (batch.tokens, batch.mask)))
+            for found in self.cluster.ranks("validate", batch):  # every tensor-parallel rank counts the same
+                if found is not None:
+                    nll, tokens = nll + found[0], tokens + found[1]
+        return nll / tokens
+
     def _roll_out(self, prompts: list[Prompt], step: int) -> tuple[Batch, dict[str, float]]:
         """Sample with the exported adapter, decode, reward."""
         start = time.monotonic()

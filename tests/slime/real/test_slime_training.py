@@ -254,7 +254,7 @@ def test_the_base_as_teacher(run, straight):
 def test_lora_plus(run):
     """B's rate over A's in every step, through slime's own scheduler, its checkpoint and a resume."""
     words = ("--steps", "3", "--save-interval", "2")
-    extra = f"{LORA} --lora-plus-ratio 8 --lr-warmup-iters 2 --lr-decay-style linear"
+    extra = f"{LORA} --lora-plus-ratio 8 --lr-decay-style linear"
     straight = run(*words, extra=extra)
     check_learning(straight, 3)
     A, B = straight.of("lr-pg_0"), straight.of("lr-pg_1")
