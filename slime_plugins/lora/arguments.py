@@ -61,7 +61,7 @@ def add_lora_arguments(parser: argparse.ArgumentParser, *, hide: Collection[str]
         type=float,
         default=1.0,
         metavar="X",
-        help="LoRA+: B's learning rate is X times A's, which is --lr (arXiv:2402.12354; default: %(default)g)",
+        help="LoRA+: B's learning rate is X times A's, which is --lr (arXiv:2402.12354; default: %(default)s)",
     )
     for action in parser._actions:
         if action.dest in hide:

@@ -200,3 +200,15 @@ def test_settings_are_read_back(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps(Settings(**values).to_dict()))
     read = _read_config(str(tmp_path / "settings.json"))
     assert {name: read[name] for name in values} == values
+
+
+def test_only_what_is_typed_wins_over_a_config():
+    import argparse
+
+    from slime_plugins.lora.cli.rehearse import add_arguments
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert vars(parser.parse_args([])) == {}
+    help_text = " ".join(parser.format_help().split())
+    assert "multiplies the rate (default: 0.5)" in help_text and "expected" not in help_text

@@ -17,7 +17,7 @@ from types import ModuleType
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.version import __version__
 
-VERBS = ("rehearse", "export", "import_", "merge", "verify", "convert_zero", "plan", "patch")
+VERBS = ("rehearse", "export", "import_", "merge", "verify", "convert_zero", "history", "plan", "patch")
 """Module names in this package, in the order in which the help lists them."""
 
 EXTRAS = {

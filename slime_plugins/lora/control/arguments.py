@@ -23,7 +23,11 @@ _DEFAULTS: dict[str, Any] = {
 
 def add_plateau_arguments(group) -> None:
     """Add the flags to a parser or a group of one."""
-    add = group.add_argument
+
+    def add(flag: str, **kwargs) -> None:
+        kwargs.setdefault("default", _DEFAULTS.get(flag[2:].replace("-", "_")))
+        group.add_argument(flag, **kwargs)
+
     add(
         "--lr-plateau-metric",
         metavar="NAME",
@@ -33,7 +37,6 @@ def add_plateau_arguments(group) -> None:
     add(
         "--greater-is-better",
         action=argparse.BooleanOptionalAction,
-        default=None,
         help="of that metric (default: of eval/NAME yes, of val_loss no)",
     )
     add("--lr-plateau-factor", type=float, metavar="X", help="multiplies the rate (default: %(default)s)")
@@ -43,7 +46,6 @@ def add_plateau_arguments(group) -> None:
     add("--lr-plateau-cooldown", type=int, metavar="N", help="validations after it that count nothing (%(default)s)")
     add("--stop-min-lr", type=float, metavar="X", help="stop where the rate falls below it (default: never)")
     add("--stop-metric", type=float, metavar="X", help="stop where the metric is better than it (default: never)")
-    group.set_defaults(**_DEFAULTS)
 
 
 def plateau_of(options: Any) -> Plateau | None:
