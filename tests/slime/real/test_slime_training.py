@@ -251,6 +251,23 @@ def test_the_base_as_teacher(run, straight):
     assert taught.of("grad_norm")[1] != straight.of("grad_norm")[1]
 
 
+def test_rl_from_an_adapter(run, straight):
+    """The start is the reference: KL 0 at step 0, then more; resumed at another size; without the flag it is the base.
+
+    The start is the straight run's adapter after four steps, as PEFT has it.
+    """
+    extra = f"{LORA} --lora-adapter-path {straight.work / 'hf_3'} --lora-ref start"
+    words = ("--steps", "3", "--save-interval", "2")
+    started = run(*words, extra=extra)
+    kl = started.of("kl_loss")
+    assert kl[0] == 0.0 and all(value > 0 for value in kl[1:]), kl
+    copies = started.probes[-1]["copies"]
+    assert set(copies) == {"actor", "ref"} and copies["ref"] == copies["actor"]
+    assert "the reference policy is the adapter that training started from" in started.log
+    resumed = run(*words, "--tp", "2", "--resume", extra=f"{extra} --ckpt-step 1", of=started)
+    assert resumed.of("kl_loss") == pytest.approx(kl[2:], rel=0.03), "bf16 sums in another order"
+
+
 def test_lora_plus(run):
     """B's rate over A's in every step, through slime's own scheduler, its checkpoint and a resume."""
     words = ("--steps", "3", "--save-interval", "2")

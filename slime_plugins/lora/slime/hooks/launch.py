@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 SLIME_FLAGS = (
     "lora_sync", "lora_sync_dir", "lora_sync_lag", "lora_sync_timeout", "lora_adapter_path", "lora_export_dir",
-    "lora_critic", "lora_save_merged",
+    "lora_critic", "lora_save_merged", "lora_ref",
 )  # fmt: skip
 
 
@@ -82,6 +82,13 @@ def _add_slime_only(parser: ArgumentParser) -> None:
         default=None,
         metavar="DIR",
         help="start from this adapter: a PEFT directory or a checkpoint of adapters (a --load that resumes wins)",
+    )
+    add(
+        "--lora-ref",
+        choices=("base", "start"),
+        default=None,
+        help="reference policy of a run with --lora-adapter-path: the base (default), or start, that adapter, which is "
+        "kept in --save/reference",
     )
     add("--lora-export-dir", default=None, metavar="DIR", help="write a PEFT adapter below it with every checkpoint")
     add("--lora-critic", action="store_true", help="adapters and value head on the critic too (else it trains whole)")

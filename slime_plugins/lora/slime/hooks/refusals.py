@@ -237,6 +237,26 @@ TRAINING = (
         "--lr-warmup-init",
     ),
     Refusal(
+        "reference without a start",
+        lambda launch: (
+            launch.given("lora_ref") == "start" and not launch.given("lora_adapter_path") and not _resumes(launch)
+        ),
+        "--lora-ref start without --lora-adapter-path: training starts from the base, which is the reference anyway; "
+        "give the adapter to start from, or drop --lora-ref",
+    ),
+    Refusal(
+        "reference without a KL",
+        lambda launch: (
+            launch.given("lora_ref") and not launch.given("use_kl_loss") and not launch.given("kl_coef")
+        ),
+        "--lora-ref says what the KL is measured from, and none is: add --use-kl-loss or --kl-coef, or drop --lora-ref",
+    ),
+    Refusal(
+        "reference that moves",
+        lambda launch: launch.given("lora_ref") == "start" and launch.given("ref_update_interval"),
+        "--lora-ref start keeps the reference at the start, --ref-update-interval moves it; drop one of them",
+    ),
+    Refusal(
         "deepgemm",
         lambda launch: (
             launch.given("megatron_deepgemm_forward_layers") or launch.given("megatron_deepgemm_moe_forward_layers")
