@@ -123,7 +123,7 @@ def _merge_file(
         if name in updates:
             _copy(source, target, weight.start - source.tell())
             merged = merge_weight(weight.read(), updates[name], rounding)
-            target.write(merged.reshape(-1).view(torch.uint8).numpy())
+            target.write(merged.reshape(-1).view(torch.uint8).numpy().data)
             del merged  # before the next one is made
             source.seek(weight.end)
     _copy(source, target, None)

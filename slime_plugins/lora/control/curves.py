@@ -53,6 +53,7 @@ def draw(history: History, path: str | os.PathLike, title: str) -> None:
     rate.step([*steps, steps[-1]], [*rates, history.state.lr], where="pre", color="tab:orange")
     rate.set(xlabel="step", ylabel="learning rate")
     rate.set_ylim(bottom=0)
+    rate.xaxis.get_major_locator().set_params(integer=True)
     for axis in (*panels, rate):
         axis.grid(alpha=0.3)
     panels[0].set_title(title)

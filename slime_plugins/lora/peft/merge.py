@@ -46,9 +46,7 @@ def merge_adapter(
         raise ValueError(f"{adapter_dir}: {other}")
     updates = [_update(source, module) for module in source.modules]
     if not any(update.trained for update in updates):
-        raise ValueError(
-            f"{adapter_dir}: every lora_B is zero, it is untrained and merging it would give the base"
-        )
+        raise ValueError(f"{adapter_dir}: every lora_B is zero, it is untrained and merging it would give the base")
     return Merged(len(updates), compared, merge_checkpoint(updates, base, out_dir))
 
 

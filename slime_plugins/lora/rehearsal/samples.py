@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from slime_plugins.lora.objectives.batch import Batch, make_batch
 from slime_plugins.lora.objectives.objective import Objective
@@ -53,7 +54,8 @@ class Source:
             batch, _ = self._given(part)
             padding = size - len(part)
             if padding:  # of samples without a response token
-                batch = Batch(*(torch.nn.functional.pad(t, (0, 0, 0, padding)) for t in (batch.tokens, batch.mask)))
+                tokens_NS, mask_NS = (F.pad(t, (0, 0, 0, padding)) for t in (batch.tokens, batch.mask))
+                batch = Batch(tokens_NS, mask_NS)
             for found in self.cluster.ranks("validate", batch):  # every tensor-parallel rank counts the same
                 if found is not None:
                     nll, tokens = nll + found[0], tokens + found[1]

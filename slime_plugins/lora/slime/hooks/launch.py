@@ -87,8 +87,8 @@ def _add_slime_only(parser: ArgumentParser) -> None:
         "--lora-ref",
         choices=("base", "start"),
         default=None,
-        help="reference policy of a run with --lora-adapter-path: the base (default), or start, that adapter, which is "
-        "kept in --save/reference",
+        help="reference policy of a run with --lora-adapter-path: the base (default), or start, that adapter, kept in "
+        "--save/reference",
     )
     add("--lora-export-dir", default=None, metavar="DIR", help="write a PEFT adapter below it with every checkpoint")
     add("--lora-critic", action="store_true", help="adapters and value head on the critic too (else it trains whole)")

@@ -249,7 +249,7 @@ TRAINING = (
         lambda launch: (
             launch.given("lora_ref") and not launch.given("use_kl_loss") and not launch.given("kl_coef")
         ),
-        "--lora-ref says what the KL is measured from, and none is: add --use-kl-loss or --kl-coef, or drop --lora-ref",
+        "--lora-ref says what the KL is measured from, and none is: add --use-kl-loss or --kl-coef, or drop it",
     ),
     Refusal(
         "reference that moves",
