@@ -24,7 +24,8 @@ FILES = {
         "import os\n\n\ndef save_hf_model_to_path(args, output_dir, model, *, model_name=None):\n    return os.sep\n"
     ),
     "slime/backends/megatron_utils/model.py": (
-        "import os\n\n\ndef train_one_step(args, rollout_id, model):\n    return {}, os.sep\n"
+        "import os\nfrom os.path import join as get_megatron_optimizer\n\n\n"
+        "def train_one_step(args, rollout_id, model):\n    return {}, os.sep\n"
     ),
     "slime/backends/megatron_utils/actor.py": (
         '"""Actor."""\n'

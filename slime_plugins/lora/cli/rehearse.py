@@ -13,6 +13,7 @@ from typing import Any
 from slime_plugins.lora.arguments import add_lora_arguments, base_args, lora_args, validate_lora_args
 from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.config import LoRAConfig
+from slime_plugins.lora.control.arguments import add_plateau_arguments
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.objectives import OBJECTIVES
 from slime_plugins.lora.rehearsal.rewards import RULES
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_reward_arguments(parser.add_argument_group("rewards"), defaults)
     _add_parallel_arguments(parser.add_argument_group("where it runs"), defaults)
     _add_training_arguments(parser.add_argument_group("training"), defaults)
+    _add_control_arguments(parser.add_argument_group("validation, learning rate and stopping"))
     _add_output_arguments(parser.add_argument_group("what it leaves"), defaults)
     _add_checkpoint_arguments(parser.add_argument_group("where it starts, and checkpoints"))
     # Adapters alone are trained here: flags that say whether there are any say nothing.
@@ -135,6 +137,12 @@ def _add_training_arguments(group, defaults: Settings) -> None:
     add("--seed", type=int, default=defaults.seed, help="of adapters, sampling and order (default: %(default)s)")
 
 
+def _add_control_arguments(group) -> None:
+    group.add_argument("--val-data", metavar="FILE", help="jsonl of prompts and responses, for val_loss (sft)")
+    group.add_argument("--val-interval", type=int, metavar="N", help="steps between validations")
+    add_plateau_arguments(group)
+
+
 def _by_task(name: str) -> str:
     """The defaults in words: of the built-in task and of one's own data, for every objective where they differ."""
     words = [f"{builtin[name]} built-in, {own[name]} own data" for builtin, own in DEFAULTS.values()]
@@ -213,7 +221,7 @@ def _read_config(path: str) -> dict[str, Any]:
     if unknown:
         raise UsageError(f"--config {path}: {unknown[0]!r} is no setting of a rehearsal")
     try:
-        words = [word for name, value in content.items() for word in _words(name, value)]
+        words = [word for name, value in content.items() for word in _words(name, value, parser)]
         given = vars(parser.parse_args(words))
         if lora:
             config = LoRAConfig(**lora)
@@ -225,9 +233,12 @@ def _read_config(path: str) -> dict[str, Any]:
     return _without_builtin(given)
 
 
-def _words(name: str, value: Any) -> list[str]:
-    if value is None or value is False:
+def _words(name: str, value: Any, parser: argparse.ArgumentParser) -> list[str]:
+    if value is None:
         return []
+    if value is False:
+        no = flag(f"no_{name}")
+        return [no] if no in parser._option_string_actions else []
     if value is True:
         return [flag(name)]
     if not isinstance(value, (str, int, float)):

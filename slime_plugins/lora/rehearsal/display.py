@@ -16,6 +16,7 @@ from slime_plugins.lora.rehearsal.rewards import RewardSample
 _SHOWN = {
     "reward": "reward {:.3f}",
     "eval_reward": "held-out {:.3f}",
+    "val_loss": "validation {:.4f}",
     "kl": "kl {:.4f}",
     "loss": "loss {:+.4f}",
     "grad_norm": "grad norm {:.3f}",
@@ -93,6 +94,10 @@ def _results(summary: dict) -> Iterator[tuple[str, str]]:
             yield label, f"{summary[f'{name}_first']:.3f} -> {last}"
     if "eval_reward_last" in summary:
         yield "held-out", f"{summary['eval_reward_first']:.3f} -> {summary['eval_reward_last']:.3f}"
+    if "best" in summary:
+        yield "best", f"{summary['best']:.4f} after step {summary['best_step']}, in best/"
+    if summary.get("stopped"):
+        yield "stopped", summary["stopped"]
     if summary.get("steps_without_signal"):
         yield "no signal", f"in {summary['steps_without_signal']} of {summary['steps']} steps no rewards differed"
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slime_plugins.lora.base.quantization import BaseQuant
+from slime_plugins.lora.control.history import BEST, FILE, FINAL
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.rehearsal import wandb_run
 from slime_plugins.lora.rehearsal.rewards import RewardSample
@@ -21,7 +22,7 @@ from slime_plugins.lora.rehearsal.settings import Settings
 ADAPTER, SERVE, EVENTS = "adapter", "serve", "tensorboard"
 SETTINGS, METRICS, SAMPLES, SUMMARY = "settings.json", "metrics.jsonl", "samples.jsonl", "summary.json"
 CURVES = ("reward.png", "loss.png")
-_REPLACED = (ADAPTER, SERVE, EVENTS, METRICS, SAMPLES, SUMMARY, *CURVES)
+_REPLACED = (ADAPTER, SERVE, EVENTS, METRICS, SAMPLES, SUMMARY, *CURVES, BEST, FINAL, FILE)
 WINDOW = 10
 """Steps over which rewards are averaged beside the last one: a single step's is noisy."""
 

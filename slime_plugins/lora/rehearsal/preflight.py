@@ -85,11 +85,11 @@ def _check_paths(settings: Settings) -> None:
         path = getattr(settings, name)
         if path and out.resolve().is_relative_to(Path(path).resolve()):
             raise UsageError(f"--out {out}: lies in {flag(name)} {path}, which is read; name another directory")
-    for name in ("hf_checkpoint", "lora_adapter_path", "load", "prompt_data", "eval_data"):
+    for name in ("hf_checkpoint", "lora_adapter_path", "load", "prompt_data", "eval_data", "val_data"):
         path = getattr(settings, name)
         if path and outputs.would_remove(out, Path(path)):
             raise UsageError(f"--out {out}: {flag(name)} {path} would be replaced by this run; name another directory")
-    for name in ("prompt_data", "eval_data"):
+    for name in ("prompt_data", "eval_data", "val_data"):
         path = getattr(settings, name)
         if path and not Path(path).is_file():
             raise UsageError(f"{flag(name)} {path}: no such file")
@@ -106,6 +106,7 @@ def _check_task(settings: Settings, base: HFBase, progress: Callable[[str], None
     if settings.custom_rm_path is not None:
         load_function(settings.custom_rm_path)
     prompts, evals = train_prompts(settings), eval_prompts(settings)
+    validations = to_look_at(validation_prompts(settings))
     if is_builtin(settings):
         return
     encoder = Encoder.read(
@@ -116,6 +117,7 @@ def _check_task(settings: Settings, base: HFBase, progress: Callable[[str], None
         encoder.prompts([prompt.prompt for prompt in looked_at], room=room)
     else:
         end = 0  # whichever it is, it is one
+        looked_at = [*looked_at, *validations]
         encoder.pairs([prompt.prompt for prompt in looked_at], [prompt.response for prompt in looked_at], end)
     if evals:
         encoder.prompts([prompt.prompt for prompt in to_look_at(evals)], room=room)
@@ -150,6 +152,15 @@ def eval_prompts(settings: Settings) -> list[Prompt]:
     rows = recall_prompts(2 * _EVAL_PROMPTS, _EVAL_SEED)
     unseen = [Prompt(row["input"], row["label"]) for row in rows if row["input"] not in seen]
     return unseen[:_EVAL_PROMPTS]
+
+
+def validation_prompts(settings: Settings) -> list[Prompt]:
+    """Prompts and responses to validate on; none, unless they are given, or asked for on the built-in task."""
+    if settings.val_data is not None:
+        return read_prompts(settings.val_data, _keys(settings, settings.response_key or settings.label_key))
+    if settings.val_interval is None or not is_builtin(settings):
+        return []
+    return [dataclasses.replace(prompt, response=prompt.label or "") for prompt in eval_prompts(settings)]
 
 
 def _keys(settings: Settings, response: str | None) -> Keys:

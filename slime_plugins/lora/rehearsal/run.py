@@ -14,9 +14,10 @@ from slime_plugins.lora.objectives.batch import Batch
 from slime_plugins.lora.objectives.objective import Objective
 from slime_plugins.lora.rehearsal import final, outputs
 from slime_plugins.lora.rehearsal.cluster import Cluster, ray_cluster
+from slime_plugins.lora.rehearsal.control import control_of, stopped
 from slime_plugins.lora.rehearsal.devices import resolve_device
 from slime_plugins.lora.rehearsal.display import Display
-from slime_plugins.lora.rehearsal.preflight import eval_prompts, train_prompts
+from slime_plugins.lora.rehearsal.preflight import eval_prompts, train_prompts, validation_prompts
 from slime_plugins.lora.rehearsal.rewards import Rewarder
 from slime_plugins.lora.rehearsal.samples import Source
 from slime_plugins.lora.rehearsal.settings import Settings
@@ -35,6 +36,9 @@ def rehearse(settings: Settings, *, debug: bool = False) -> dict:
         KeyboardInterrupt: with the command that goes on with the run, if it has saved something.
     """
     display = Display()
+    if why := stopped(settings):
+        display.line(why)
+        return {}
     out, adapter_dir = Path(settings.out), Path(settings.out) / outputs.ADAPTER
     device, objective = resolve_device(settings), make_objective(settings.objective, settings)
     if outputs.claim(out):
@@ -79,6 +83,9 @@ def train(source: Source) -> tuple[dict, Batch]:
     held_out, batches = eval_prompts(settings), _prompts_by_step(settings, first)
     cluster.ranks("export", str(source.adapter_dir))
     before = _evaluate_first(source, held_out, first)
+    validations, control = validation_prompts(settings), control_of(source, first)
+    if control:
+        control.begin()
     with source.display.steps(settings.steps, first):
         for step in range(first, settings.steps):
             start = time.monotonic()
@@ -90,11 +97,20 @@ def train(source: Source) -> tuple[dict, Batch]:
             metrics = {"step": step + 1, **sampled, **trained, **speed}
             if held_out and _is_due(settings, step + 1, settings.eval_interval):
                 metrics["eval_reward"] = source.held_out_reward(held_out, step + 1)
+            if validations and _is_due(settings, step + 1, settings.val_interval):
+                metrics["val_loss"] = source.validation_loss(validations)
+            if control:
+                metrics["lr"] = control.history.state.lr
             recorder.step(metrics)
             source.display.step(metrics, recorder)
-            if settings.save is not None and _is_due(settings, step + 1, settings.save_interval):
+            if control:
+                control.after(step + 1, metrics)
+            stop = control is not None and control.history.state.stopped is not None
+            if settings.save is not None and (stop or _is_due(settings, step + 1, settings.save_interval)):
                 cluster.ranks("save", settings.save, step + 1)
-    return _results(source, first, before), batch
+            if stop:
+                break
+    return {**_results(source, first, before), **(control.end() if control else {})}, batch
 
 
 def _start(cluster: Cluster, settings: Settings) -> int:
@@ -151,7 +167,7 @@ def _results(source: Source, first: int, before: dict[str, float]) -> dict:
         results |= {**before, "eval_reward_last": recorder.steps[-1]["eval_reward"]}
     if source.objective.rollouts:
         results["steps_without_signal"] = source.flat_steps
-    return {**results, "steps": len(recorder.steps), "first_step": first + 1, "last_step": source.settings.steps}
+    return {**results, "steps": len(recorder.steps), "first_step": first + 1, "last_step": recorder.steps[-1]["step"]}
 
 
 def _how_to_go_on(settings: Settings) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from slime_plugins.lora.objectives.batch import Batch, make_batch
 from slime_plugins.lora.objectives.objective import Objective
@@ -44,6 +45,21 @@ class Source:
         scored = self._scored(prompts, samples)
         self.recorder.samples(done, scored, held_out=True)
         return sum(one.reward for one in scored) / len(scored)
+
+    def validation_loss(self, prompts: list[Prompt]) -> float:
+        """Mean of -log p over all response tokens of given responses, in nats."""
+        size, nll, tokens = self.settings.samples_per_rank * self.settings.dp, 0.0, 0.0
+        for start in range(0, len(prompts), size):
+            part = prompts[start : start + size]
+            batch, _ = self._given(part)
+            padding = size - len(part)
+            if padding:  # of samples without a response token
+                tokens_NS, mask_NS = (F.pad(t, (0, 0, 0, padding)) for t in (batch.tokens, batch.mask))
+                batch = Batch(tokens_NS, mask_NS)
+            for found in self.cluster.ranks("validate", batch):  # every tensor-parallel rank counts the same
+                if found is not None:
+                    nll, tokens = nll + found[0], tokens + found[1]
+        return nll / tokens
 
     def _roll_out(self, prompts: list[Prompt], step: int) -> tuple[Batch, dict[str, float]]:
         """Sample with the exported adapter, decode, reward."""

@@ -9,14 +9,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from slime_plugins.lora.arguments import base_args, lora_args
+from slime_plugins.lora.arguments import base_args, check_lora_plus, lora_args
 from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.config import LoRAConfig
+from slime_plugins.lora.control.arguments import plateau_of
+from slime_plugins.lora.control.plateau import EVAL, VAL_LOSS, Plateau
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.objectives import OBJECTIVES, objective_class, option_names
 
 MICRO_BATCH_TOKENS = 4096
 """Tokens, padding included, that one forward pass may hold unless ``--micro-batch-size`` says otherwise."""
+
+EVAL_REWARD = f"{EVAL}reward"
+"""Name of the reward on held-out prompts among the metrics that a plateau can be of."""
 
 MAX_COUNT = 1_000_000_000
 """Of anything; more is a slip of the finger."""
@@ -25,7 +30,7 @@ MAX_PROCESSES = 64
 
 _COUNTS = (
     *("tp", "pp", "dp", "vpp", "steps", "rollout_batch_size", "n_samples_per_prompt", "rollout_max_response_len"),
-    *("num_steps_per_rollout", "micro_batch_size", "save_interval", "eval_interval"),
+    *("num_steps_per_rollout", "micro_batch_size", "save_interval", "eval_interval", "val_interval"),
 )
 
 _BUILTIN = {"steps": 70, "rollout_batch_size": 32, "rollout_max_response_len": 4, "lr": 5e-3}
@@ -97,10 +102,26 @@ class Settings:
     """Samples per forward pass; None takes what fits in ``MICRO_BATCH_TOKENS``."""
     lr: float = 5e-3
     """Constant. For adapters, so some 10 times that of full training."""
+    lora_plus_ratio: float = 1.0
+    """LoRA+: B's learning rate over A's, which is ``lr``."""
     weight_decay: float = 0.0
     clip_grad: float = 1.0
     eps_clip: float = 0.2
     kl_loss_coef: float = 0.01
+    val_data: str | None = None
+    """jsonl of prompts and responses, to compute ``val_loss`` on, with an objective of given responses."""
+    val_interval: int | None = None
+    """Steps between validations; one comes after the last step too."""
+    lr_plateau_metric: str | None = None
+    """``val_loss`` or ``eval/reward``; with it, ``control.plateau`` decides."""
+    greater_is_better: bool | None = None
+    lr_plateau_factor: float = Plateau.factor
+    lr_plateau_patience: int = Plateau.patience
+    lr_plateau_threshold: float = Plateau.threshold
+    lr_plateau_threshold_mode: str = Plateau.threshold_mode
+    lr_plateau_cooldown: int = Plateau.cooldown
+    stop_min_lr: float | None = None
+    stop_metric: float | None = None
     seed: int = 1234
     out: str = "runs/rehearsal"
     show_samples: int = 0
@@ -131,6 +152,11 @@ class Settings:
         return not self.hf_checkpoint
 
     @property
+    def plateau(self) -> Plateau | None:
+        """The rule, if there is one. Raises UsageError for flags that make none."""
+        return plateau_of(self)
+
+    @property
     def world_size(self) -> int:
         return self.tp * self.pp * self.dp
 
@@ -148,6 +174,7 @@ class Settings:
         if (not self.hf_checkpoint) != (not self.prompt_data):
             raise UsageError("--hf-checkpoint and --prompt-data go together; without both, the built-in ones are used")
         self._check_numbers()
+        check_lora_plus(self.lora_plus_ratio)
         rollouts = objective_class(self.objective).rollouts
         if rollouts and self.n_samples_per_prompt < 2:
             raise UsageError("--n-samples-per-prompt 1: GRPO compares the samples of one prompt, expected at least 2")
@@ -166,7 +193,29 @@ class Settings:
         given = [flag(name) for name, value in _wandb(self) if value is not None]
         if given and not self.use_wandb:
             raise UsageError(f"{', '.join(given)} without --use-wandb; add --use-wandb, or drop them")
+        self._check_validation(rollouts)
         self._check_parallel()
+
+    def _check_validation(self, rollouts: bool) -> None:
+        """Is what a plateau goes by measured, and more than once?"""
+        plateau = self.plateau
+        if rollouts and (self.val_data or self.val_interval):
+            raise UsageError(
+                f"--val-data and --val-interval: the loss of given responses is not computed by --objective "
+                f"{self.objective}; evaluate rewards (--eval-data, --eval-interval, --lr-plateau-metric {EVAL_REWARD})"
+            )
+        if self.val_data and not self.val_interval:
+            raise UsageError("--val-data without --val-interval: how many steps lie between two validations?")
+        if self.val_interval and not self.val_data and not self.builtin:
+            raise UsageError("--val-interval without --val-data: there is nothing to validate on; add it")
+        if plateau is None:
+            return
+        if plateau.metric not in (VAL_LOSS, EVAL_REWARD):
+            raise UsageError(f"--lr-plateau-metric {plateau.metric}: a rehearsal has {VAL_LOSS} and {EVAL_REWARD}")
+        interval, data = ("val_interval", "val_data") if plateau.metric == VAL_LOSS else ("eval_interval", "eval_data")
+        if getattr(self, interval) is None:
+            needed = flag(interval) if self.builtin else f"{flag(data)} and {flag(interval)}"
+            raise UsageError(f"--lr-plateau-metric {plateau.metric} needs {needed}: it is not measured on the way")
 
     def _check_numbers(self) -> None:
         for name in _COUNTS:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from slime_plugins.lora.control.rates import scale_rates, with_lora_plus
 from slime_plugins.lora.objectives import make_objective
 from slime_plugins.lora.objectives.batch import Batch
 from slime_plugins.lora.objectives.objective import Computed, ModelOutput
@@ -75,7 +76,7 @@ class RankTrainer:
             DistributedDataParallel(self.config, ddp_config, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(self.chunks)
         ]
-        self.optimizer = get_megatron_optimizer(
+        self.optimizer = with_lora_plus(get_megatron_optimizer, settings.lora_plus_ratio)(
             OptimizerConfig(
                 optimizer="adam",
                 lr=settings.lr,
@@ -125,6 +126,25 @@ class RankTrainer:
         if objective.sampled_log_probs is not None:
             metrics["sampled_log_probs"] = parts[0].fields[objective.sampled_log_probs][:8].cpu()
         return metrics
+
+    def validate(self, batch: Batch) -> tuple[float, float] | None:
+        """Sum of -log p over this rank's response tokens, and their number; None but on the last pipeline stage.
+
+        ``batch``: the samples of all data-parallel ranks, as many as one optimizer step has.
+        """
+
+        def keep(output: ModelOutput, micro: Batch):
+            nll = -(output.log_probs * micro.mask).sum(dtype=torch.float64)
+            return output.logits.new_zeros(()), {"nll": nll, "tokens": micro.mask.sum(dtype=torch.float64)}
+
+        outputs = self._run(batch[self._my_rows(len(batch))], keep, forward_only=True)
+        if not outputs:
+            return None
+        return sum(output["nll"].item() for output in outputs), sum(output["tokens"].item() for output in outputs)
+
+    def scale_rates(self, factor: float) -> None:
+        """Train with ``factor`` times the learning rate of the start from now on."""
+        scale_rates(self.optimizer, factor)
 
     def export(self, out_dir: str) -> None:
         """Write the adapters as a PEFT directory."""

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 SLIME_FLAGS = (
     "lora_sync", "lora_sync_dir", "lora_sync_lag", "lora_sync_timeout", "lora_adapter_path", "lora_export_dir",
-    "lora_critic", "lora_save_merged",
+    "lora_critic", "lora_save_merged", "lora_ref",
 )  # fmt: skip
 
 
@@ -85,6 +85,13 @@ def _add_slime_only(parser: ArgumentParser) -> None:
         default=None,
         metavar="DIR",
         help="start from this adapter: a PEFT directory or a checkpoint of adapters (a --load that resumes wins)",
+    )
+    add(
+        "--lora-ref",
+        choices=("base", "start"),
+        default=None,
+        help="reference policy of a run with --lora-adapter-path: the base (default), or start, that adapter, kept in "
+        "--save/reference",
     )
     add("--lora-export-dir", default=None, metavar="DIR", help="write a PEFT adapter below it with every checkpoint")
     add("--lora-critic", action="store_true", help="adapters and value head on the critic too (else it trains whole)")
@@ -185,6 +192,23 @@ def _packing_if(quant: BaseQuant | None) -> contextlib.AbstractContextManager:
     from slime_plugins.lora.packing import packing
 
     return packing()
+
+
+def optimizing(get_megatron_optimizer):
+    """Hook: LoRA+, in the optimizer of a model that has adapters."""
+
+    @functools.wraps(get_megatron_optimizer)
+    def hooked(config, model_chunks, *more, **kwargs):
+        from megatron.training.global_vars import get_args
+
+        from slime_plugins.lora.adapters import has_adapters
+        from slime_plugins.lora.control.rates import with_lora_plus
+
+        args = get_args()
+        ratio = args.lora_plus_ratio if getattr(args, "use_lora", False) and has_adapters(model_chunks) else 1.0
+        return with_lora_plus(get_megatron_optimizer, ratio)(config, model_chunks, *more, **kwargs)
+
+    return hooked
 
 
 def wants_adapters(args: Namespace, role: str) -> bool:

@@ -237,6 +237,30 @@ TRAINING = (
         "cross chunks, and every adapter below such a layer trains on wrong ones; use --context-parallel-size 1",
     ),
     Refusal(
+        "LoRA+ and a warmup that does not start at 0",
+        lambda launch: (launch.given("lora_plus_ratio") or 1) != 1 and launch.given("lr_warmup_init"),
+        "--lora-plus-ratio with --lr-warmup-init: the warmup starts A and B at one rate, not at the ratio; drop "
+        "--lr-warmup-init",
+    ),
+    Refusal(
+        "reference without a start",
+        lambda launch: (
+            launch.given("lora_ref") == "start" and not launch.given("lora_adapter_path") and not _resumes(launch)
+        ),
+        "--lora-ref start without --lora-adapter-path: training starts from the base, which is the reference anyway; "
+        "give the adapter to start from, or drop --lora-ref",
+    ),
+    Refusal(
+        "reference without a KL",
+        lambda launch: launch.given("lora_ref") and not launch.given("use_kl_loss") and not launch.given("kl_coef"),
+        "--lora-ref says what the KL is measured from, and none is: add --use-kl-loss or --kl-coef, or drop it",
+    ),
+    Refusal(
+        "reference that moves",
+        lambda launch: launch.given("lora_ref") == "start" and launch.given("ref_update_interval"),
+        "--lora-ref start keeps the reference at the start, --ref-update-interval moves it; drop one of them",
+    ),
+    Refusal(
         "deepgemm",
         lambda launch: (
             launch.given("megatron_deepgemm_forward_layers") or launch.given("megatron_deepgemm_moe_forward_layers")

@@ -45,6 +45,10 @@ SEAMS = (
         ),
     ),
     Seam(
+        "optimizer",
+        ((f"{_MEGATRON}/model.py", Rebind("get_megatron_optimizer", "optimizing")),),
+    ),
+    Seam(
         "checkpoint",
         (
             (
