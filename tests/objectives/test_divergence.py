@@ -1,7 +1,7 @@
 """The divergence against equation 1 of arXiv:2306.13649 in float64, differentiated by autograd, at TP 1, 2 and 4.
 
-The formula here is written from the paper, over whole rows, and shares no code with the package. TRL's own code is asked
-in tests/contracts/test_trl.py.
+The formula here is written from the paper, over whole rows, and shares no code with the package. TRL's own code is
+asked in tests/contracts/test_trl.py.
 
     pytest tests/objectives/test_divergence.py
 """
@@ -202,7 +202,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_memory_is_bounded_by_the_chunk(beta):
-    """Forward and backward make nothing larger than a chunk, where the logits may be overwritten; else one gradient."""
+    """Forward and backward make nothing larger than a chunk where the logits may be overwritten; else a gradient."""
     rows, columns, chunk = 64, 97, 4
     hidden, head = torch.randn(rows, 8), torch.randn(columns, 8)
     for overwrite, expected in ((True, chunk * columns), (False, rows * columns)):

@@ -30,7 +30,7 @@ import torch.distributed as dist
 Index = tuple[torch.Tensor, ...]
 """Where rows lie in leading dimensions: one int64 [C] each."""
 TeacherLogits = Callable[[Index], torch.Tensor]
-"""Logits [C, W] of the teacher for rows of the student, this rank's columns, floating; a new tensor: it is overwritten."""
+"""Logits [C, W] of the teacher for rows of the student, this rank's columns; a new tensor: it is overwritten."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ class Divergence:
 
 
 STATISTICS = ("divergence", "kl_to_student", "kl_to_teacher", "teacher_entropy", "student_entropy", "top_agreement")
-"""Per row: D; KL(q || p), which makes the student cover the teacher; KL(p || q), which keeps it within; both entropies,
-in nats, at the temperature; 1 if the student's likeliest token is the teacher's."""
+"""Per row: D; KL(q || p), which makes the student cover the teacher; KL(p || q), which keeps it within; both
+entropies, in nats, at the temperature; 1 if the student's likeliest token is the teacher's."""
 
 
 class _Divergence(torch.autograd.Function):
@@ -224,7 +224,7 @@ def _shifted(student_z, teacher_z, reduce) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _value_at(teacher_z: torch.Tensor, top_index: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-    """1.0 [C] where this rank holds the student's likeliest token and it is the teacher's, whose shifted logit is 0."""
+    """1.0 [C] where this rank holds the student's likeliest token and it is the teacher's: shifted logit 0."""
     if teacher_z.shape[-1] == 0:
         return torch.zeros(len(top_index), device=teacher_z.device)
     return (held & (teacher_z.gather(-1, top_index[:, None])[:, 0] == 0)).float()
