@@ -40,6 +40,11 @@ def predicts(mask_NS: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(mask_NS[:, 1:], (0, 1))
 
 
+def on_policy(lmbda: float, step: int, seed: int) -> bool:
+    """Does a step, from 0, train on samples of the student, as a share ``lmbda`` of them does?"""
+    return random.Random(f"{seed} {step}").random() < lmbda
+
+
 @dataclass(frozen=True)
 class GKD(Objective):
     """Mean divergence over the step's response tokens, the student's own or given ones. No reward is needed."""
@@ -67,7 +72,7 @@ class GKD(Objective):
 
     def on_policy(self, step: int, seed: int) -> bool:
         """With probability lambda, by seed and step alone: a resumed run decides as the unbroken one."""
-        return random.Random(f"{seed} {step}").random() < self.gkd_lmbda
+        return on_policy(self.gkd_lmbda, step, seed)
 
     def prepare(self, batch: Batch) -> Batch:
         return with_token_weight(batch)
@@ -96,6 +101,11 @@ class GKD(Objective):
         return -((output.log_probs * batch.mask).sum(1) * weight).mean()
 
     def check(self, *, copies: int, start: str | None, resumed: bool) -> None:
+        self.check_values(copies=copies, resumed=resumed)
+        self.check_difference(start)
+
+    def check_values(self, *, copies: int, resumed: bool) -> None:
+        """Raise UsageError for what is wrong whatever teacher and student are."""
         for flag, value in (("--gkd-beta", self.gkd_beta), ("--gkd-lmbda", self.gkd_lmbda)):
             if not 0 <= value <= 1:
                 raise UsageError(f"{flag} {value}: expected a number from 0 to 1")
@@ -119,9 +129,8 @@ class GKD(Objective):
                 "--load with --gkd-teacher ema: the average is in no checkpoint; start anew from its adapter with "
                 "--lora-adapter-path, or take another teacher"
             )
-        self._check_difference(start)
 
-    def _check_difference(self, start: str | None) -> None:
+    def check_difference(self, start: str | None) -> None:
         """Refuse a student that is its teacher: the commonest set-up, one checkpoint for both, learns nothing."""
         template, teacher = self.gkd_teacher_prompt_template, self.gkd_teacher
         privileged = template is not None and TeacherPrompt(template).tells_more

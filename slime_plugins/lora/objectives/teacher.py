@@ -130,7 +130,8 @@ class AnotherAdapter:
 def _plain(linear: LoRALinear) -> Iterator[None]:
     """Inside, the linear is one that has never been adapted."""
     form = type(linear)
-    linear.__class__ = next(cls for cls in form.__mro__ if not issubclass(cls, Carrier))
+    plain: Any = next(cls for cls in form.__mro__ if not issubclass(cls, Carrier))
+    linear.__class__ = plain
     try:
         yield
     finally:

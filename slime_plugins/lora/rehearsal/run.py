@@ -163,7 +163,7 @@ def train_on(cluster: Cluster, batch: Batch, objective: Objective) -> dict[str, 
 
 def _results(source: Source, first: int, before: dict[str, float]) -> dict:
     """Metrics of this run's own steps, a resumed one's too."""
-    recorder, results = source.recorder, {}
+    recorder, results = source.recorder, dict[str, float]()
     for name in ("reward", "loss"):
         values = [step[name] for step in recorder.steps if name in step]
         if values:

@@ -27,6 +27,7 @@ _HOOKS = {
     "request_fields": "requests",
     "use_lora_adapter": "requests",
     "measuring": "metrics",
+    "teacher_prompts": "distillation",
 }
 
 __all__ = list(_HOOKS)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from slime_plugins.lora.adapters import has_adapters, iter_adapters, state_of
 from slime_plugins.lora.layers import LoRALinear
+from slime_plugins.lora.slime.hooks import gkd
 
 SAMPLED = 8
 """Linears per pipeline stage whose base norm is read, once."""
@@ -33,6 +34,7 @@ def measuring(train_one_step):
         losses, *rest = train_one_step(*args, **kwargs)
         model = signature.bind(*args, **kwargs).arguments["model"]
         if has_adapters(model):
+            gkd.after_step(model)
             measured = measure(model)
             if losses:  # the last pipeline stage's; the others have none to log
                 losses = {**losses, **{f"lora/{name}": value for name, value in measured.items()}}
