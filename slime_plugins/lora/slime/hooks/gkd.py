@@ -7,6 +7,7 @@ same tensors to every microbatch, in whatever order and size it packs them. The 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from argparse import Namespace
 from collections.abc import Iterator
@@ -83,7 +84,6 @@ def _shown(rollout_data: dict) -> tuple[dict, dict[int, torch.Tensor]]:
 
 
 def _forward(args: Namespace, model: Any, shown: dict, students: dict[int, torch.Tensor]) -> None:
-    from slime.backends.megatron_utils.data import get_data_iterator
     from slime.backends.megatron_utils.model import forward_only
 
     def keep(output: torch.Tensor, *, unconcat_tokens, total_lengths, response_lengths, **_unused):
@@ -98,7 +98,16 @@ def _forward(args: Namespace, model: Any, shown: dict, students: dict[int, torch
         return output.new_empty(0), {}
 
     with torch.no_grad():
-        forward_only(keep, args, model, get_data_iterator(shown), shown["num_microbatches"])
+        forward_only(keep, args, model, *_schedule(args, model, shown))
+
+
+def _schedule(args: Namespace, model: Any, shown: dict) -> tuple[list, list[int]]:
+    """slime's iterators over samples, and the number of microbatches of each step."""
+    from slime.backends.megatron_utils.data import get_data_iterator
+
+    if len(inspect.signature(get_data_iterator).parameters) == 1:
+        return get_data_iterator(shown), shown["num_microbatches"]
+    return get_data_iterator(args, model, shown)  # v0.2.4 makes the schedule here
 
 
 def loss(args: Namespace, batch: dict, logits: torch.Tensor, sum_of_sample_mean) -> tuple[torch.Tensor, dict]:
@@ -129,6 +138,8 @@ def loss(args: Namespace, batch: dict, logits: torch.Tensor, sum_of_sample_mean)
     )
     weight = 1.0 if args.gkd_coef is None else args.gkd_coef
     total = weight * divergence if total is None else total + weight * divergence
+    # As slime divides what is logged by the number of samples: 0 or 1 in each step, over steps the share.
+    statistics["on_policy"] = weights.sum() * (not _current.given)
     metrics |= {f"gkd/{name}": value for name, value in statistics.items()}
     return total, {**metrics, "loss": total.detach().clone()}
 
@@ -163,11 +174,10 @@ def _rows(args, length: int, tokens, total_lengths, response_lengths) -> list[to
     numbers = torch.arange(length, dtype=torch.float32)[None, :, None]  # exact to 2^24
     found = get_responses(
         numbers,
-        args=args,
+        args=Namespace(**{**vars(args), "rollout_temperature": 1.0}),  # rows, not logits: v0.2.4 always divides
         unconcat_tokens=tokens,
         total_lengths=total_lengths,
         response_lengths=response_lengths,
-        apply_temperature=False,
     )
     return [rows[:, 0].long() for rows, _ in found]
 

@@ -407,6 +407,16 @@ GKD = (
         "--disable-compute-advantages-and-returns, or --gkd-coef",
     ),
     Refusal(
+        "the policy loss on given responses",
+        lambda launch: (
+            launch.given("gkd_coef") is not None
+            and not launch.given("debug_train_only")
+            and launch.given("gkd_lmbda") < 1
+        ),
+        "--gkd-coef with --gkd-lmbda below 1: given responses are no samples of the policy and have no rewards, and one "
+        "response to a prompt has no advantage; use --gkd-lmbda 1",
+    ),
+    Refusal(
         "recomputed loss",
         lambda launch: launch.given("recompute_loss_function"),
         "--recompute-loss-function computes the loss again from logits that the divergence has overwritten with their "
@@ -440,6 +450,11 @@ GKD = (
         "gathered context parallelism",
         lambda launch: launch.given("allgather_cp"),
         "--allgather-cp moves log-probs between ranks after the loss has them, a vocabulary it cannot; drop it",
+    ),
+    Refusal(
+        "padded batches",
+        lambda launch: launch.given("qkv_format") == "bshd",
+        "--qkv-format bshd pads every sample, and distillation looks for tokens in packed ones; use --qkv-format thd",
     ),
     Refusal(
         "the critic's loss",
