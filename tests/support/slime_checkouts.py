@@ -53,6 +53,7 @@ FILES = {
     "slime/ray/rollout.py": (
         "import os\n\n\n"
         "class RolloutManager:\n    '''Rollouts.'''\n\n    def __init__(self):\n        self.a = os.sep\n"
+        "\n    def _convert_samples_to_train_data(self, samples):\n        return samples\n"
     ),
     "slime/rollout/sglang_streaming_rollout.py": (
         "import os\n\n\nasync def generate_streaming(args):\n    url = os.sep\n"

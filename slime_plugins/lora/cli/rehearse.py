@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_parallel_arguments(parser.add_argument_group("where it runs"), defaults)
     _add_training_arguments(parser.add_argument_group("training"), defaults)
     _add_control_arguments(parser.add_argument_group("validation, learning rate and stopping"))
+    _add_distillation_arguments(parser.add_argument_group("distillation, --objective gkd"), defaults)
     _add_output_arguments(parser.add_argument_group("what it leaves"), defaults)
     _add_checkpoint_arguments(parser.add_argument_group("where it starts, and checkpoints"))
     # Adapters alone are trained here: flags that say whether there are any say nothing.
@@ -64,13 +65,14 @@ def _add_data_arguments(group, defaults: Settings) -> None:
         "--objective",
         choices=tuple(OBJECTIVES),
         default=defaults.objective,
-        help="grpo: RL on sampled answers; sft: cross-entropy on given responses (default: %(default)s)",
+        help="grpo: RL on sampled answers; sft: cross-entropy on given responses; gkd: a teacher's distribution "
+        "(default: %(default)s)",
     )
     add("--hf-checkpoint", metavar="DIR", help="Qwen2/2.5, Qwen3 or Llama 3 directory (default: a built-in one)")
     add("--prompt-data", metavar="FILE", help="jsonl of prompts and labels, with --hf-checkpoint")
     add("--input-key", default=defaults.input_key, metavar="KEY", help="of the prompt (default: %(default)s)")
     add("--label-key", default=defaults.label_key, metavar="KEY", help="of the answer (default: %(default)s)")
-    add("--response-key", metavar="KEY", help="of the response that sft trains on (default: that of --label-key)")
+    add("--response-key", metavar="KEY", help="of the response that is given (default: that of --label-key)")
     add("--metadata-key", default=defaults.metadata_key, metavar="KEY", help="for --custom-rm-path (%(default)s)")
     add("--apply-chat-template", action="store_true", help="text prompts become a user message")
     add("--eval-data", metavar="FILE", help="jsonl of held-out prompts, answered greedily before and after training")
@@ -141,6 +143,63 @@ def _add_control_arguments(group) -> None:
     group.add_argument("--val-data", metavar="FILE", help="jsonl of prompts and responses, for val_loss (sft)")
     group.add_argument("--val-interval", type=int, metavar="N", help="steps between validations")
     add_plateau_arguments(group)
+
+
+def _add_distillation_arguments(group, defaults: Settings) -> None:
+    add = group.add_argument
+    add(
+        "--gkd-teacher",
+        default=defaults.gkd_teacher,
+        metavar="base|ema|DIR",
+        help="the base, the average of the student's adapters, or a PEFT adapter or checkpoint (default: %(default)s)",
+    )
+    add(
+        "--gkd-teacher-prompt-template",
+        metavar="TEXT",
+        help="what the teacher is shown: {prompt}, {label}, {metadata[KEY]} (default: the student's prompt; "
+        "the built-in task has one)",
+    )
+    add(
+        "--gkd-beta",
+        type=float,
+        default=defaults.gkd_beta,
+        metavar="B",
+        help="0: KL(teacher || student), 1: KL(student || teacher), between: Jensen-Shannon (default: %(default)s)",
+    )
+    add(
+        "--gkd-lmbda",
+        type=float,
+        default=defaults.gkd_lmbda,
+        metavar="L",
+        help="share of steps on the student's own samples, not on given responses (default: %(default)s)",
+    )
+    add(
+        "--gkd-temperature",
+        type=float,
+        default=defaults.gkd_temperature,
+        metavar="T",
+        help="of both in the divergence, not of sampling (default: %(default)s)",
+    )
+    add(
+        "--sft-alpha",
+        type=float,
+        default=defaults.sft_alpha,
+        metavar="A",
+        help="weight of the cross-entropy on given responses (default: %(default)s)",
+    )
+    add(
+        "--gkd-ema-decay",
+        type=float,
+        metavar="D",
+        help="of --gkd-teacher ema, per optimizer step (default: 0.99)",
+    )
+    add(
+        "--gkd-chunk-size",
+        type=int,
+        default=defaults.gkd_chunk_size,
+        metavar="N",
+        help="tokens whose distributions are compared at a time (default: %(default)s)",
+    )
 
 
 def _by_task(name: str) -> str:

@@ -19,6 +19,7 @@ _SHOWN = {
     "val_loss": "validation {:.4f}",
     "kl": "kl {:.4f}",
     "loss": "loss {:+.4f}",
+    "top_agreement": "agreement {:.3f}",
     "grad_norm": "grad norm {:.3f}",
     "tokens_per_s": "{:,.0f} tokens/s",
 }
@@ -88,8 +89,8 @@ class Display:
 def _results(summary: dict) -> Iterator[tuple[str, str]]:
     window = min(WINDOW, summary["steps"])
     for name, label in (("reward", "mean reward"), ("loss", "loss")):
-        # With rewards there, the loss says nothing: its mean is 0 by construction.
-        if f"{name}_first" in summary and not (name == "loss" and "reward_first" in summary):
+        # Where rewards are trained on, the loss says nothing: its mean is 0 by construction.
+        if f"{name}_first" in summary and not (name == "loss" and "steps_without_signal" in summary):
             last = f"{summary[f'{name}_last']:.3f} (mean of the last {window} steps: {summary[f'{name}_window']:.3f})"
             yield label, f"{summary[f'{name}_first']:.3f} -> {last}"
     if "eval_reward_last" in summary:
@@ -98,6 +99,8 @@ def _results(summary: dict) -> Iterator[tuple[str, str]]:
         yield "best", f"{summary['best']:.4f} after step {summary['best_step']}, in best/"
     if summary.get("stopped"):
         yield "stopped", summary["stopped"]
+    if "teacher_reward" in summary:
+        yield "distilled", f"student {summary['student_reward']:.3f}, teacher {summary['teacher_reward']:.3f}"
     if summary.get("steps_without_signal"):
         yield "no signal", f"in {summary['steps_without_signal']} of {summary['steps']} steps no rewards differed"
 

@@ -82,6 +82,8 @@ def train(source: Source) -> tuple[dict, Batch]:
     first = _start(cluster, settings)
     held_out, batches = eval_prompts(settings), _prompts_by_step(settings, first)
     cluster.ranks("export", str(source.adapter_dir))
+    if _has_teacher(source.objective):
+        cluster.ranks("take_teacher", settings.gkd_teacher, settings.gkd_ema_decay)
     before = _evaluate_first(source, held_out, first)
     validations, control = validation_prompts(settings), control_of(source, first)
     if control:
@@ -110,7 +112,10 @@ def train(source: Source) -> tuple[dict, Batch]:
                 cluster.ranks("save", settings.save, step + 1)
             if stop:
                 break
-    return {**_results(source, first, before), **(control.end() if control else {})}, batch
+    results = {**_results(source, first, before), **(control.end() if control else {})}
+    if held_out and _has_teacher(source.objective):
+        results |= _against_teacher(source, held_out)
+    return results, batch
 
 
 def _start(cluster: Cluster, settings: Settings) -> int:
@@ -137,6 +142,23 @@ def _evaluate_first(source: Source, held_out: list[Prompt], first: int) -> dict[
     return {"eval_reward_first": reward}
 
 
+def _has_teacher(objective: Objective) -> bool:
+    return any(computed.model == "teacher" for computed in objective.computed.values())
+
+
+def _against_teacher(source: Source, held_out: list[Prompt]) -> dict[str, float]:
+    """Expected rewards on held-out prompts: of the teacher, shown what it is shown, of student and base."""
+    teacher_dir = None
+    if source.settings.gkd_teacher != "base":
+        teacher_dir = Path(source.settings.out) / outputs.TEACHER
+        source.cluster.ranks("export_teacher", str(teacher_dir))
+    return {
+        "teacher_reward": source.expected_reward(held_out, teacher_dir, as_teacher=True),
+        "student_reward": source.expected_reward(held_out, source.adapter_dir),
+        "base_reward": source.expected_reward(held_out, None),
+    }
+
+
 def _is_due(settings: Settings, done: int, interval: int | None) -> bool:
     """After the last step, and every ``interval`` before."""
     return done == settings.steps or (interval is not None and done % interval == 0)
@@ -157,15 +179,16 @@ def train_on(cluster: Cluster, batch: Batch, objective: Objective) -> dict[str, 
 
 def _results(source: Source, first: int, before: dict[str, float]) -> dict:
     """Metrics of this run's own steps, a resumed one's too."""
-    recorder, results = source.recorder, {}
+    recorder, results = source.recorder, dict[str, float]()
     for name in ("reward", "loss"):
-        if name in recorder.steps[0]:
-            results[f"{name}_first"] = recorder.steps[0][name]
-            results[f"{name}_last"] = recorder.steps[-1][name]
-            results[f"{name}_window"] = recorder.mean(name)
+        values = [step[name] for step in recorder.steps if name in step]
+        if values:
+            results |= {f"{name}_first": values[0], f"{name}_last": values[-1], f"{name}_window": recorder.mean(name)}
+    if "on_policy" in recorder.steps[0]:
+        results["on_policy_share"] = sum(step["on_policy"] for step in recorder.steps) / len(recorder.steps)
     if "eval_reward" in recorder.steps[-1]:
         results |= {**before, "eval_reward_last": recorder.steps[-1]["eval_reward"]}
-    if source.objective.rollouts:
+    if source.objective.rewarded:
         results["steps_without_signal"] = source.flat_steps
     return {**results, "steps": len(recorder.steps), "first_step": first + 1, "last_step": recorder.steps[-1]["step"]}
 

@@ -15,7 +15,7 @@ from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.control.arguments import plateau_of
 from slime_plugins.lora.control.plateau import EVAL, VAL_LOSS, Plateau
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.objectives import OBJECTIVES, objective_class, option_names
+from slime_plugins.lora.objectives import OBJECTIVES, make_objective, objective_class, option_names
 
 MICRO_BATCH_TOKENS = 4096
 """Tokens, padding included, that one forward pass may hold unless ``--micro-batch-size`` says otherwise."""
@@ -30,16 +30,23 @@ MAX_PROCESSES = 64
 
 _COUNTS = (
     *("tp", "pp", "dp", "vpp", "steps", "rollout_batch_size", "n_samples_per_prompt", "rollout_max_response_len"),
-    *("num_steps_per_rollout", "micro_batch_size", "save_interval", "eval_interval", "val_interval"),
+    *("num_steps_per_rollout", "micro_batch_size", "save_interval", "eval_interval", "val_interval", "gkd_chunk_size"),
 )
 
 _BUILTIN = {"steps": 70, "rollout_batch_size": 32, "rollout_max_response_len": 4, "lr": 5e-3}
 _OWN = {"steps": 20, "rollout_batch_size": 8, "rollout_max_response_len": 128, "lr": 1e-4}
+_GKD = {"n_samples_per_prompt": 1, "num_steps_per_rollout": 1}
+BUILTIN_TEACHER = "{label} {label} {label} {label} {label} {prompt}"
+"""Before the prompt of the built-in task: what the digits shown are likely to be answered with, the right one most."""
 DEFAULTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grpo": ({**_BUILTIN, "n_samples_per_prompt": 16}, {**_OWN, "n_samples_per_prompt": 8}),
     "sft": (
         {**_BUILTIN, "rollout_batch_size": 128, "n_samples_per_prompt": 1, "num_steps_per_rollout": 1},
         {**_OWN, "rollout_batch_size": 16, "n_samples_per_prompt": 1, "num_steps_per_rollout": 1},
+    ),
+    "gkd": (
+        {**_BUILTIN, **_GKD, "steps": 200, "rollout_batch_size": 128, "gkd_teacher_prompt_template": BUILTIN_TEACHER},
+        {**_OWN, **_GKD, "rollout_batch_size": 16},
     ),
 }
 """Objective -> what differs from the fields' own defaults for the built-in base and task, and for one's own.
@@ -122,6 +129,22 @@ class Settings:
     lr_plateau_cooldown: int = Plateau.cooldown
     stop_min_lr: float | None = None
     stop_metric: float | None = None
+    gkd_beta: float = 0.5
+    """0: KL(teacher || student); 1: KL(student || teacher); between, the generalised Jensen-Shannon divergence."""
+    gkd_lmbda: float = 0.5
+    """Share of steps on the student's own samples; the others take given responses."""
+    gkd_temperature: float = 1.0
+    """Of both policies in the divergence; of sampling it is ``rollout_temperature``."""
+    sft_alpha: float = 0.0
+    """Weight of the cross-entropy on given responses beside the divergence."""
+    gkd_teacher: str = "base"
+    """``base``, ``ema``, or a directory of an adapter."""
+    gkd_ema_decay: float | None = None
+    """Of ``gkd_teacher`` ``ema``, per optimizer step; None takes 0.99."""
+    gkd_teacher_prompt_template: str | None = None
+    """What the teacher is shown: ``objectives.teacher_prompt``; None for the student's prompt."""
+    gkd_chunk_size: int = 512
+    """Tokens whose logits the divergence looks at at a time."""
     seed: int = 1234
     out: str = "runs/rehearsal"
     show_samples: int = 0
@@ -175,10 +198,10 @@ class Settings:
             raise UsageError("--hf-checkpoint and --prompt-data go together; without both, the built-in ones are used")
         self._check_numbers()
         check_lora_plus(self.lora_plus_ratio)
-        rollouts = objective_class(self.objective).rollouts
-        if rollouts and self.n_samples_per_prompt < 2:
+        cls = objective_class(self.objective)
+        if cls.rewarded and self.n_samples_per_prompt < 2:
             raise UsageError("--n-samples-per-prompt 1: GRPO compares the samples of one prompt, expected at least 2")
-        if not rollouts and self.n_samples_per_prompt != 1:
+        if not cls.rollouts and self.n_samples_per_prompt != 1:
             raise UsageError(
                 f"--n-samples-per-prompt {self.n_samples_per_prompt}: --objective {self.objective} trains on the one "
                 "response that is given to each prompt, expected 1"
@@ -193,7 +216,10 @@ class Settings:
         given = [flag(name) for name, value in _wandb(self) if value is not None]
         if given and not self.use_wandb:
             raise UsageError(f"{', '.join(given)} without --use-wandb; add --use-wandb, or drop them")
-        self._check_validation(rollouts)
+        self._check_validation(cls.rollouts)
+        make_objective(self.objective, self).check(
+            copies=self.n_samples_per_prompt, start=self.load or self.lora_adapter_path, resumed=self.load is not None
+        )
         self._check_parallel()
 
     def _check_validation(self, rollouts: bool) -> None:
@@ -225,10 +251,10 @@ class Settings:
         for name, most in (("seed", 2**32 - 1), ("show_samples", MAX_COUNT)):
             if not 0 <= getattr(self, name) <= most:
                 raise UsageError(f"{flag(name)} {getattr(self, name)}: expected a whole number from 0 to {most:,}")
-        for name in ("lr", "rollout_temperature", "eps_clip"):
+        for name in ("lr", "rollout_temperature", "eps_clip", "gkd_temperature"):
             if not 0 < getattr(self, name) <= MAX_COUNT:
                 raise UsageError(f"{flag(name)} {getattr(self, name)}: expected a number above 0, to {MAX_COUNT:,}")
-        for name in ("kl_loss_coef", "weight_decay", "clip_grad"):
+        for name in ("kl_loss_coef", "weight_decay", "clip_grad", "sft_alpha"):
             if not 0 <= getattr(self, name) <= MAX_COUNT:
                 raise UsageError(f"{flag(name)} {getattr(self, name)}: expected a number from 0 to {MAX_COUNT:,}")
 
@@ -314,13 +340,12 @@ def refuse_unread(objective: str, given: Mapping[str, Any]) -> None:
         for option in option_names(objective_class(name)):
             if option in given and option not in option_names(own):
                 raise UsageError(f"{flag(option)} is read by --objective {name}, not by {objective}; drop it")
-    if own.rollouts:
-        unread = "response_key"
-        why = "it trains on what it samples"
-    else:
-        unread, why = "show_samples", "its responses are given"
-    if unread in given:
-        raise UsageError(f"{flag(unread)} is not read by --objective {objective}: {why}; drop it")
+    for reads, unread, why in (
+        (own.given, "response_key", "it trains on what it samples"),
+        (own.rollouts, "show_samples", "its responses are given"),
+    ):
+        if not reads and unread in given:
+            raise UsageError(f"{flag(unread)} is not read by --objective {objective}: {why}; drop it")
 
 
 def flag(name: str) -> str:

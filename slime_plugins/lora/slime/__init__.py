@@ -28,6 +28,7 @@ _HOOKS = {
     "use_lora_adapter": "requests",
     "measuring": "metrics",
     "optimizing": "launch",
+    "teacher_prompts": "distillation",
 }
 
 __all__ = list(_HOOKS)

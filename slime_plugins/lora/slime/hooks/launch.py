@@ -13,6 +13,7 @@ from slime_plugins.lora.arguments import add_lora_arguments, validate_lora_args
 from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.slime.hooks import distillation
 from slime_plugins.lora.slime.hooks.paths import TRACKER, adapter_step_dir, step_dir
 from slime_plugins.lora.slime.hooks.refusals import Launch, refused
 from slime_plugins.lora.slime.hooks.serving import serve_adapters
@@ -37,6 +38,7 @@ def flags(get_provider):
             parser = add_slime_arguments(parser)
             add_lora_arguments(parser)
             _add_slime_only(parser)
+            distillation.add_flags(parser)
             return parser
 
         return add_arguments
@@ -120,6 +122,7 @@ def validate_in_slime(args: Namespace) -> None:
     """
     validate_lora_args(args)
     if not args.use_lora:
+        distillation.refuse_unread(args)
         defaults = ArgumentParser()
         _add_slime_only(defaults)
         given = [n for n in SLIME_FLAGS if getattr(args, n, None) != defaults.get_default(n) and hasattr(args, n)]
@@ -129,6 +132,7 @@ def validate_in_slime(args: Namespace) -> None:
         return
     _refuse(args)
     _warn_of_quantised_rollouts(args)
+    distillation.set_up(args)
     if args.load is not None and (Path(args.load) / TRACKER).is_file() and step_dir(args.load, args.ckpt_step) is None:
         raise UsageError(f"--load {args.load} has no checkpoint of step {args.ckpt_step or 'its tracker'}")
     if args.load is not None and adapter_step_dir(args.load, args.ckpt_step) is None:

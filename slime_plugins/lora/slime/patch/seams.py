@@ -158,6 +158,15 @@ SEAMS = (
         optional=True,
     ),
     Seam(
+        "a teacher's prompts",
+        (
+            (
+                "slime/ray/rollout.py",
+                Decorate("RolloutManager._convert_samples_to_train_data", "teacher_prompts", ("samples",)),
+            ),
+        ),
+    ),
+    Seam(
         "metrics",
         ((f"{_MEGATRON}/model.py", Decorate("train_one_step", "measuring", ("args", "model"))),),
     ),
