@@ -12,6 +12,7 @@ _PUBLIC = {
     "load_base": "rehearsal.load",
     "apply_lora": "inject",
     "LoRAReport": "inject",
+    "summing_stages": "tokens",
     "BaseQuant": "base.quantization",
     "quantize_base": "quantize",
     "adapters_disabled": "adapters",

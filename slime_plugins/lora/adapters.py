@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from slime_plugins.lora.config import LoRAConfig
-from slime_plugins.lora.layers import Carrier, LoRALinear
+from slime_plugins.lora.layers import Carrier, LoRALinear, TokenRows
 from slime_plugins.lora.layers import iter_carriers as _carriers_in
 from slime_plugins.lora.names import is_adapter
 from slime_plugins.lora.parallel import chunks_of, unwrapped
@@ -81,6 +81,17 @@ def iter_adapters(model: Any) -> Iterator[LoRALinear]:
     return (carrier for carrier in iter_carriers(model) if isinstance(carrier, LoRALinear))
 
 
+def iter_token_rows(model: Any) -> Iterator[TokenRows]:
+    """The embedding and the output layer, where rows of them train. Tied on one rank, both have the same rows."""
+    return (carrier for carrier in iter_carriers(model) if isinstance(carrier, TokenRows))
+
+
+def iter_merging(model: Any) -> Iterator[LoRALinear | TokenRows]:
+    """Everything that changes a base weight of its own: what a merged model or weight sync has to go through."""
+    yield from iter_adapters(model)
+    yield from (rows for rows in iter_token_rows(model) if rows.lora_table)
+
+
 def base_parameters(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Name in its chunk and parameter, of all that belong to no adapter."""
     for chunk in chunks_of(model):
@@ -125,7 +136,7 @@ def merged(model: Any) -> Iterator[None]:
     Costs a copy of every adapted weight while it lasts: W + BA - BA is not W in bf16 (design hazard 12).
     """
     with adapters_disabled(model), contextlib.ExitStack() as replaced:
-        for linear in iter_adapters(model):
+        for linear in iter_merging(model):
             dense = [linear.lora_merged(index) for index in range(len(linear.lora_base.parameters))]
             replaced.enter_context(linear.lora_base.replaced(dense))
         yield

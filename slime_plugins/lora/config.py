@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,9 @@ class LoRAConfig:
     """Megatron or Hugging Face names, ``all-linear``, or wildcards on full names. See ``targets``."""
     exclude_modules: tuple[str, ...] = ()
     """The same vocabulary; taken away from the targets."""
+    trainable_token_indices: tuple[int, ...] = ()
+    """Vocabulary ids whose rows of embedding and output layer train, beside the adapters (PEFT's name). With them,
+    ``target_modules`` may be empty: the rows alone."""
     layout: str = "fused"
     """``fused``: one A for a fused linear. ``split``: one A per Hugging Face projection, as PEFT has it."""
     use_rslora: bool = False
@@ -54,6 +58,7 @@ class LoRAConfig:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        object.__setattr__(self, "trainable_token_indices", _ids(self.trainable_token_indices))
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, dict(getattr(self, name)))
         _check_rank("rank", self.rank)
@@ -64,7 +69,7 @@ class LoRAConfig:
             _check_alpha(f"alpha_pattern[{key!r}]", alpha)
         if not 0.0 <= self.dropout < 1.0:
             raise UsageError(f"LoRA dropout is {self.dropout}; expected a probability in [0, 1)")
-        if not self.target_modules or not all(self.target_modules):
+        if not (self.target_modules or self.trainable_token_indices) or not all(self.target_modules):
             raise UsageError("LoRA target_modules is empty; name at least one linear, or 'all-linear'")
         for name, allowed in (("layout", LAYOUTS), ("init", INITS), ("dtype", (None, *DTYPES))):
             if getattr(self, name) not in allowed:
@@ -134,6 +139,16 @@ class LoRAConfig:
 def _names(values: list[str] | str) -> tuple[str, ...]:
     values = [values] if isinstance(values, str) else values
     return tuple(name for value in values for name in value.split(",") if name)
+
+
+def _ids(values: Any) -> tuple[int, ...]:
+    """Token ids in order. Raises UsageError for what is none, or is there twice."""
+    wrong = [value for value in values if isinstance(value, bool) or not isinstance(value, int) or value < 0]
+    twice = [value for value, count in Counter(values).items() if count > 1]
+    if wrong or twice:
+        what = f"{wrong[0]!r}; expected whole numbers from 0" if wrong else f"{twice[0]} twice"
+        raise UsageError(f"LoRA trainable_token_indices has {what}")
+    return tuple(sorted(values))
 
 
 def _check_rank(name: str, rank: Any) -> None:

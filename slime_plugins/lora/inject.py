@@ -17,6 +17,7 @@ from slime_plugins.lora.layers import (
     AdapterSpec,
     FrozenLinear,
     LoRALinear,
+    TokenRows,
     adapt,
     check_gradients,
     frozen_of,
@@ -29,6 +30,7 @@ from slime_plugins.lora.layers.guards import guard_frozen
 from slime_plugins.lora.names import in_experts, in_layer_order, is_adapter, is_known
 from slime_plugins.lora.parallel import all_gather_over, chunks_of, model_parallel, pipeline_group, unwrapped
 from slime_plugins.lora.targets import Targets, check_all_matched, short_name
+from slime_plugins.lora.tokens import add_token_rows, check_ids, vocabulary_of
 
 _LAYER = re.compile(r"^(?:module\.)*(decoder\.layers\.)(\d+)\.(.+)$")
 _MTP = re.compile(r"^(?:module\.)*mtp\.")
@@ -42,7 +44,8 @@ class AdaptedModule:
     """Global Megatron name."""
     projections: tuple[str, ...]
     """Adapted Hugging Face leaves."""
-    rank: int
+    rank: int | None
+    """None of trained rows."""
     trainable: int
     """Adapter parameters over all tensor-parallel ranks, each replica counted once."""
 
@@ -67,7 +70,10 @@ class LoRAReport:
             groups[key] += 1
             parameters[key] += module.trainable
         header = ("module", "projections", "rank", "layers", "parameters")
-        rows = [(leaf, hf, str(r), str(n), f"{parameters[leaf, hf, r]:,}") for (leaf, hf, r), n in groups.items()]
+        rows = [
+            (leaf, hf, "-" if r is None else str(r), str(n), f"{parameters[leaf, hf, r]:,}")
+            for (leaf, hf, r), n in groups.items()
+        ]
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in (header, *rows)]
         share = 100 * self.trainable_parameters / self.total_parameters
@@ -101,8 +107,10 @@ def apply_lora(model, config: LoRAConfig, *, freeze_base: bool = True) -> LoRARe
     candidates = [item for survey in surveys for item in survey.candidates]
     plan: list[_Planned] = []
     problem, matched = None, set[str]()
+    vocabulary = vocabulary_of(chunks)
     try:
         plan, matched = _plan(candidates, config)
+        check_ids(config.trainable_token_indices, vocabulary, chunks)
     except ValueError as error:  # every stage must raise, or the others would wait for this one
         problem = error
     rest = [what for survey in surveys for what in survey.rest]
@@ -121,10 +129,12 @@ def apply_lora(model, config: LoRAConfig, *, freeze_base: bool = True) -> LoRARe
         guard_frozen(chunks)
     dtype = getattr(torch, config.dtype) if config.dtype else None
     linears = [adapt(planned.linear, planned.form, planned.base, planned.spec, dtype) for planned in plan]
+    ids = config.trainable_token_indices
+    rows = add_token_rows(vocabulary, ids, dtype) if ids else []
     remember(chunks, config)
     for chunk in chunks:
         _let_recompute_see_gradients(chunk)
-    return _report(chunks, linears, tuple(dict.fromkeys(what for _, _, _, rest in stages for what in rest)))
+    return _report(chunks, linears, rows, tuple(dict.fromkeys(what for _, _, _, rest in stages for what in rest)))
 
 
 @dataclass(frozen=True)
@@ -254,13 +264,20 @@ def _is_copy(parameter: torch.nn.Parameter, chunk: torch.nn.Module) -> bool:
 
 
 def _report(
-    chunks: Sequence[torch.nn.Module], linears: Sequence[LoRALinear], not_adaptable: tuple[str, ...]
+    chunks: Sequence[torch.nn.Module],
+    linears: Sequence[LoRALinear],
+    token_rows: Sequence[TokenRows],
+    not_adaptable: tuple[str, ...],
 ) -> LoRAReport:
-    modules, adapter_bytes = [], sum(linear.lora_bytes() for linear in linears)
+    modules, adapter_bytes = [], sum(carrier.lora_bytes() for carrier in (*linears, *token_rows))
     for linear in linears:
         spec = linear.lora
         projections = tuple(part.name for part in spec.parts)
         modules.append(AdaptedModule(spec.name, projections, spec.rank, linear.lora_full_numel()))
+    for carrier in token_rows:
+        if carrier.lora_table and not carrier.lora_copy:
+            rows = f"{len(carrier.lora_delta):,} rows"
+            modules.append(AdaptedModule(carrier.lora_name, (rows,), None, carrier.lora_full_numel()))
     trainable = total = sum(module.trainable for module in modules)
     for chunk in chunks:
         for trains, numel in _base_numel(chunk):

@@ -62,3 +62,8 @@ def lora_parameters(
             name="lora_B", shape=(rows, rank), sharded_dim=0 if parallel == "column" else None, rows="projections"
         ),
     )
+
+
+def token_rows(count: int, hidden: int) -> tuple[AdapterParameter]:
+    """The change of ``count`` rows of an embedding or output layer: whole on every tensor-parallel rank."""
+    return (AdapterParameter(name="lora_rows", shape=(count, hidden), sharded_dim=None, rows="whole"),)

@@ -97,5 +97,6 @@ def check_all_matched(targets: Targets, matched: set[str], candidates: Iterable[
 
 def short_name(full_name: str) -> str:
     """The leaf; with ``experts`` in front where that is what tells it from a dense one."""
-    *_, parent, leaf = full_name.split(".")
+    parent, _, leaf = full_name.rpartition(".")
+    parent = parent.rpartition(".")[2]
     return f"{parent}.{leaf}" if parent.endswith("experts") else leaf

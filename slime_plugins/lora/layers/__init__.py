@@ -3,6 +3,7 @@
 from slime_plugins.lora.layers.adapter import LoRALinear, adapt
 from slime_plugins.lora.layers.carrier import Carrier, hide_adapters, iter_carriers
 from slime_plugins.lora.layers.forms.experts import linears_of_experts
+from slime_plugins.lora.layers.forms.tokens import TokenRows, adapt_rows
 from slime_plugins.lora.layers.frozen import FrozenLinear
 from slime_plugins.lora.layers.kinds import KINDS, Kind, frozen_of, kind_of, shards_of
 from slime_plugins.lora.layers.spec import AdapterSpec, check_gradients, spec_for
@@ -14,7 +15,9 @@ __all__ = [
     "FrozenLinear",
     "Kind",
     "LoRALinear",
+    "TokenRows",
     "adapt",
+    "adapt_rows",
     "check_gradients",
     "frozen_of",
     "hide_adapters",

@@ -17,6 +17,7 @@ from slime_plugins.lora.layers.forms.experts import (
     LoRAExpertRowLinears,
 )
 from slime_plugins.lora.layers.forms.megatron import LoRAColumnParallelLinear, LoRARowParallelLinear, LoRATopKRouter
+from slime_plugins.lora.layers.forms.tokens import TokenRows
 from slime_plugins.lora.layers.frozen import (
     FrozenExperts,
     FrozenLinear,
@@ -68,6 +69,9 @@ def frozen_of(module: torch.nn.Module) -> FrozenLinear | None:
     """What a linear is, adapted or not; None for a module that is no linear of a known kind."""
     if isinstance(module, LoRALinear):
         return module.lora_base
+    if isinstance(module, TokenRows):  # a tied output layer has no weight of its own
+        own = module.lora_base.module is module
+        return module.lora_base if own else FrozenLinear(module, "column", frozen_of)  # type: ignore[arg-type]
     kind = kind_of(module)
     return None if kind is None else kind.frozen(module, kind.parallel, frozen_of)  # type: ignore[arg-type]
 

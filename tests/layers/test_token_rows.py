@@ -1,0 +1,203 @@
+"""Trained vocabulary rows against PEFT's ``trainable_token_indices`` in one process: gradients, steps, gradient norms.
+
+pytest tests/layers/test_token_rows.py            # tied and untied, TP 1, TP 2 + SP, PP 2
+pytest tests/layers/test_token_rows.py -m ""      # and TP 2, DP 2, interleaved PP
+"""
+
+from __future__ import annotations
+
+import adapted
+import pytest
+import reference
+import torch
+from harness import Layout, WorkerError
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.utils import get_model_config
+
+from slime_plugins.lora import LoRAConfig, adapters_disabled, merged, summing_stages
+from slime_plugins.lora.adapters import base_parameters, iter_token_rows
+from slime_plugins.lora.rehearsal.tiny import make_tiny
+
+IDS = (5, 17, 63, 64, 70, 126)
+"""On both ranks of TP 2; some in every batch."""
+STEPS, LR, CLIP = 5, 1e-3, 0.05
+LORA = LoRAConfig(rank=4, alpha=8, layout="split", trainable_token_indices=IDS)
+ALONE = LoRAConfig(target_modules=(), trainable_token_indices=IDS)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """tied -> directory; 128 tokens, padded to nothing at TP 2."""
+    return {
+        tied: make_tiny(tmp_path_factory.mktemp("rows"), "qwen3", num_layers=4, tied=tied) for tied in (True, False)
+    }
+
+
+def batches():
+    tokens = [reference.batch(128) for _ in range(STEPS)]
+    for step, batch in enumerate(tokens):
+        batch += step
+        batch %= 128
+    return tokens
+
+
+def peft_with_rows(base, tied, alone):
+    from peft import TrainableTokensConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    ids = list(IDS) if tied else {"embed_tokens": list(IDS), "lm_head": list(IDS)}
+    if not alone:
+        return reference.peft_model(base, rank=4, alpha=8, layout="split", trainable_token_indices=ids)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    targets = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    return get_peft_model(model, TrainableTokensConfig(token_indices=list(IDS), target_modules=targets))
+
+
+def of_peft(base, tied, alone):
+    """Gradients of the first step, rows after all of them, gradient norms: name -> tensor; list."""
+    model = peft_with_rows(base, tied, alone)
+    rows = {
+        name.replace("trainable_tokens_delta.default", "").rpartition("model.")[2]: p
+        for name, p in model.named_parameters()
+        if "trainable_tokens_delta" in name
+    }
+    rows = {("output_layer" if "lm_head" in name else "embedding.word_embeddings"): p for name, p in rows.items()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=LR)
+    grads, norms = {}, []
+    for tokens in batches():
+        optimizer.zero_grad()
+        logits = model(tokens[:, :-1]).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        grads = grads or {name: p.grad.clone() for name, p in rows.items()}
+        norms.append(torch.nn.utils.clip_grad_norm_(trained, CLIP).item())
+        optimizer.step()
+    return grads, {name: p.detach().clone() for name, p in rows.items()}, norms
+
+
+def train_rows(layout: Layout, base, config, vpp=None, finalize=summing_stages):
+    """The same of Megatron; rows as W + D, from every rank that has them."""
+    chunks = adapted.adapted_chunks(base, config, sp=layout.sp, vpp=layout.vpp)
+    if config.target_modules:
+        adapted.set_adapters(chunks, "split", 4)
+    before = [parameter.clone() for _, parameter in base_parameters(chunks)]
+    model = adapted.wrap(chunks)
+    for chunk in model:
+        get_model_config(chunk).finalize_model_grads_func = finalize(finalize_model_grads)
+    optimizer = adapted.optimizer_for(model, lr=LR, clip_grad=CLIP)
+    optimizer.reload_model_params()
+    carriers = [carrier for carrier in iter_token_rows(model) if carrier.lora_table]
+    grads, norms = [], []
+    for tokens in batches():
+        for chunk in model:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        adapted.run_schedule(model, tokens, microbatches=2)
+        grads = grads or [(c.lora_name, c.lora_rows.main_grad.clone()) for c in carriers]
+        norms.append(optimizer.step()[1])
+    rows = []
+    for carrier in carriers:
+        weight = carrier.lora_merged()[carrier.lora_columns]
+        rows.append((carrier.lora_name, carrier.lora_here, weight))
+    frozen = all(torch.equal(a, b) for a, (_, b) in zip(before, base_parameters(model)))
+    return grads, rows, norms, frozen
+
+
+def check(results, expected, *, whole_gradients=True):
+    grads, rows, norms = expected
+    seen = set()
+    for found_grads, found_rows, found_norms, frozen in results:
+        assert frozen
+        assert found_norms == pytest.approx(norms, rel=1e-6)
+        for name, grad in found_grads if whole_gradients else ():
+            assert adapted.relative(grad - grads[name], grads[name]) <= 1e-5, name
+        for name, here, values in found_rows:
+            seen.add(name)
+            assert adapted.relative(values - rows[name][here], rows[name]) <= 1e-5, name
+    assert seen == grads.keys()
+
+
+@pytest.fixture(scope="module")
+def expected(bases):
+    known = {}
+
+    def find(tied, alone):
+        if (tied, alone) not in known:
+            known[tied, alone] = of_peft(bases[tied], tied, alone)
+        return known[tied, alone]
+
+    return find
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_one_process(pool1, bases, expected, tied):
+    check(pool1.run(train_rows, bases[tied], LORA), expected(tied, False))
+    check(pool1.run(train_rows, bases[tied], ALONE), expected(tied, True))
+
+
+SIZES = [
+    pytest.param({"tp": 2, "sp": True}, id="tp2-sp"),
+    pytest.param({"pp": 2}, id="pp2"),
+    pytest.param({"tp": 2}, id="tp2", marks=pytest.mark.slow),
+    pytest.param({}, id="dp2", marks=pytest.mark.slow),
+    pytest.param({"pp": 2, "vpp": 2}, id="pp2-vpp2", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_two_processes(pool2, bases, expected, sizes, tied):
+    # Of data-parallel ranks the distributed optimizer leaves each a part of the gradient.
+    check(pool2.run(train_rows, bases[tied], LORA, **sizes), expected(tied, False), whole_gradients=bool(sizes))
+
+
+def test_tied_rows_of_two_stages_need_their_sum(pool2, bases):
+    with pytest.raises(WorkerError) as caught:
+        pool2.run(train_rows, bases[True], LORA, None, lambda_identity, pp=2)
+    assert "slime_plugins.lora.summing_stages" in str(caught.value)
+
+
+def lambda_identity(finalize):
+    return finalize
+
+
+def logits_of(layout: Layout, base, tied):
+    chunks = adapted.adapted_chunks(base, ALONE, sp=layout.sp)
+    tokens = reference.batch(128)
+
+    def run():
+        return adapted.gather_logits(adapted.run_schedule(chunks, tokens, forward_only=True, collect_logits=True), 128)
+
+    with torch.no_grad():
+        before = run()
+        for carrier in iter_token_rows(chunks):
+            if carrier.lora_table:
+                carrier.lora_rows.copy_(reference.draw(carrier.lora_name, *carrier.lora_rows.shape))
+        on = run()
+        with merged(chunks):
+            as_merged = run()
+        with adapters_disabled(chunks):
+            off = run()
+    return before, on, as_merged, off
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_off_is_the_base_and_merged_is_on(pool2, bases, tied):
+    for before, on, as_merged, off in pool2.run(logits_of, bases[tied], tied, tp=2, sp=True):
+        assert torch.equal(before, off)
+        assert (on - before).abs().max() > 0.1
+        assert adapted.relative(on - as_merged, as_merged) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "ids, words", [((-1,), "-1; expected whole"), ((3, 3), "3 twice"), ((True,), "expected whole")]
+)
+def test_ids_that_cannot_be(ids, words):
+    with pytest.raises(ValueError, match=words):
+        LoRAConfig(trainable_token_indices=ids)
+
+
+def test_ids_outside_of_the_model(pool1, bases):
+    with pytest.raises(WorkerError) as caught:
+        pool1.run(train_rows, bases[True], LoRAConfig(trainable_token_indices=(127, 128)))
+    assert "128 is outside of the model's 128 rows" in str(caught.value)
