@@ -91,7 +91,10 @@ class LoRAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; ``LoRAConfig(**d)`` reads it back."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        if not self.trainable_token_indices:  # as versions that did not know them wrote it
+            del values["trainable_token_indices"]
+        return values
 
     @classmethod
     def from_args(cls, args) -> LoRAConfig:

@@ -14,7 +14,7 @@ from harness import Layout, WorkerError
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import get_model_config
 
-from slime_plugins.lora import LoRAConfig, adapters_disabled, merged, summing_stages
+from slime_plugins.lora import LoRAConfig, adapters_disabled, load_adapter, merged, save_adapter, summing_stages
 from slime_plugins.lora.adapters import base_parameters, iter_token_rows
 from slime_plugins.lora.rehearsal.tiny import make_tiny
 
@@ -75,7 +75,7 @@ def of_peft(base, tied, alone):
     return grads, {name: p.detach().clone() for name, p in rows.items()}, norms
 
 
-def train_rows(layout: Layout, base, config, vpp=None, finalize=summing_stages):
+def train_rows(layout: Layout, base, config, finalize=summing_stages, first=0, last=STEPS, load=None, save=None):
     """The same of Megatron; rows as W + D, from every rank that has them."""
     chunks = adapted.adapted_chunks(base, config, sp=layout.sp, vpp=layout.vpp)
     if config.target_modules:
@@ -86,15 +86,19 @@ def train_rows(layout: Layout, base, config, vpp=None, finalize=summing_stages):
         get_model_config(chunk).finalize_model_grads_func = finalize(finalize_model_grads)
     optimizer = adapted.optimizer_for(model, lr=LR, clip_grad=CLIP)
     optimizer.reload_model_params()
+    if load is not None:
+        load_adapter(model, load, optimizer=optimizer)
     carriers = [carrier for carrier in iter_token_rows(model) if carrier.lora_table]
     grads, norms = [], []
-    for tokens in batches():
+    for tokens in batches()[first:last]:
         for chunk in model:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         adapted.run_schedule(model, tokens, microbatches=2)
         grads = grads or [(c.lora_name, c.lora_rows.main_grad.clone()) for c in carriers]
         norms.append(optimizer.step()[1])
+    if save is not None:
+        save_adapter(model, save, optimizer=optimizer, step=last)
     rows = []
     for carrier in carriers:
         weight = carrier.lora_merged()[carrier.lora_columns]
@@ -153,12 +157,29 @@ def test_two_processes(pool2, bases, expected, sizes, tied):
 
 def test_tied_rows_of_two_stages_need_their_sum(pool2, bases):
     with pytest.raises(WorkerError) as caught:
-        pool2.run(train_rows, bases[True], LORA, None, lambda_identity, pp=2)
+        pool2.run(train_rows, bases[True], LORA, as_it_is, pp=2)
     assert "slime_plugins.lora.summing_stages" in str(caught.value)
 
 
-def lambda_identity(finalize):
+def as_it_is(finalize):
     return finalize
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_resumed_at_another_parallelism(pool2, bases, expected, tied, tmp_path):
+    """Rows, masters and moments: three steps at TP 2 with SP and two at PP 2 are five."""
+    grads, rows, norms = expected(tied, False)
+    pool2.run(train_rows, bases[tied], LORA, summing_stages, 0, 3, None, tmp_path, tp=2, sp=True)
+    resumed = pool2.run(train_rows, bases[tied], LORA, summing_stages, 3, STEPS, tmp_path, pp=2)
+    check(resumed, (grads, rows, norms[3:]), whole_gradients=False)
+
+
+def test_other_rows_than_the_checkpoint_has(pool1, bases, tmp_path):
+    pool1.run(train_rows, bases[True], LORA, summing_stages, 0, 1, None, tmp_path)
+    other = LoRAConfig(rank=4, alpha=8, layout="split", trainable_token_indices=IDS[1:])
+    with pytest.raises(WorkerError) as caught:
+        pool1.run(train_rows, bases[True], other, summing_stages, 1, 2, tmp_path)
+    assert "6 vocabulary rows trained in the checkpoint, 5 here (token 5 in one alone)" in str(caught.value)
 
 
 def logits_of(layout: Layout, base, tied):

@@ -113,12 +113,23 @@ def _compare(model, slots: list[Slot], manifest: Manifest, reader: TensorReader)
 
     def compare() -> None:
         found = adapter_differences(manifest.adapters, adapters)
+        found += _row_differences(manifest.config.trainable_token_indices, config_of(model).trainable_token_indices)
         found = found or _shape_differences(reader, extents)
         found += base.differences(manifest.base, fingerprint)
         if found:
             raise ValueError(f"{reader.directory} does not fit this model: {'; '.join(found)}")
 
     on_rank_0(compare)
+
+
+def _row_differences(saved: tuple[int, ...], here: tuple[int, ...]) -> list[str]:
+    if saved == here:
+        return []
+    other = sorted(set(saved) ^ set(here))
+    return [
+        f"{len(saved)} vocabulary rows trained in the checkpoint, {len(here)} here (token {other[0]} in one alone); "
+        "give the same --trainable-token-indices or --new-tokens"
+    ]
 
 
 def _shape_differences(reader: TensorReader, extents: Mapping[str, tuple]) -> list[str]:
