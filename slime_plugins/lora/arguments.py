@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 from slime_plugins.lora.base.quantization import FORMS, BaseQuant, check_flags
-from slime_plugins.lora.config import DTYPES, INITS, LAYOUTS, LoRAConfig
+from slime_plugins.lora.config import DTYPES, INITS, LAYOUTS, LoRAConfig, as_ranges
 from slime_plugins.lora.errors import UsageError
 
 _DEFAULTS = LoRAConfig()
@@ -73,11 +73,24 @@ def add_lora_arguments(parser: argparse.ArgumentParser, *, hide: Collection[str]
         metavar="X",
         help="LoRA+: B's learning rate is X times A's, which is --lr (arXiv:2402.12354; default: %(default)s)",
     )
+    _add_row_arguments(parser.add_argument_group("vocabulary rows", "of the embedding and the output layer"))
     _add_base_arguments(parser.add_argument_group("the base under LoRA", "what its frozen weights are stored as"))
     for action in parser._actions:
         if action.dest in hide:
             action.help = argparse.SUPPRESS
     return parser
+
+
+def _add_row_arguments(group) -> None:
+    add = group.add_argument
+    add(
+        "--trainable-token-indices",
+        nargs="+",
+        default=[],
+        metavar="ID[-ID]",
+        help="train the rows of these vocabulary ids beside the adapters: 151665-152432, or several",
+    )
+    add("--freeze-llm", action="store_true", help="those rows alone, no adapters on linears")
 
 
 def lora_args(config: LoRAConfig) -> dict[str, Any]:
@@ -86,7 +99,7 @@ def lora_args(config: LoRAConfig) -> dict[str, Any]:
         "lora_r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "lora_target_modules": list(config.target_modules),
+        "lora_target_modules": list(config.target_modules or _DEFAULTS.target_modules),
         "lora_exclude_modules": list(config.exclude_modules),
         "lora_layout": config.layout,
         "lora_rslora": config.use_rslora,
@@ -94,6 +107,8 @@ def lora_args(config: LoRAConfig) -> dict[str, Any]:
         "lora_dtype": config.dtype,
         "lora_rank_pattern": dict(config.rank_pattern),
         "lora_alpha_pattern": dict(config.alpha_pattern),
+        "trainable_token_indices": as_ranges(config.trainable_token_indices),
+        "freeze_llm": not config.target_modules,
     }
 
 
@@ -178,7 +193,9 @@ def validate_lora_args(args: argparse.Namespace) -> None:
         if given:
             raise UsageError(f"{', '.join(given)} given without --use-lora; add --use-lora, or drop them")
         return
-    LoRAConfig.from_args(args)
+    config = LoRAConfig.from_args(args)
+    if config.trainable_token_indices and not args.lora_only_trainable:
+        raise UsageError("--trainable-token-indices with --no-lora-only-trainable: then every row trains; drop one")
     check_flags(args)
     check_lora_plus(getattr(args, "lora_plus_ratio", 1.0))
     lr = getattr(args, "lr", None)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,11 +99,20 @@ class LoRAConfig:
     @classmethod
     def from_args(cls, args) -> LoRAConfig:
         """Read the flags of ``add_lora_arguments`` from a parsed namespace; A's seed is ``args.seed``."""
+        targets, rows = _names(args.lora_target_modules), _of_ranges(getattr(args, "trainable_token_indices", ()))
+        if getattr(args, "freeze_llm", False):
+            if not rows:
+                raise UsageError("--freeze-llm without rows to train; name them with --trainable-token-indices")
+            if targets != cls.target_modules:
+                raise UsageError(
+                    f"--freeze-llm: no linear is adapted, --lora-target-modules {' '.join(targets)} is not"
+                )
+            targets = ()
         return cls(
             rank=args.lora_r,
             alpha=args.lora_alpha,
             dropout=args.lora_dropout,
-            target_modules=_names(args.lora_target_modules),
+            target_modules=targets,
             exclude_modules=_names(args.lora_exclude_modules),
             layout=args.lora_layout,
             use_rslora=args.lora_rslora,
@@ -111,6 +120,7 @@ class LoRAConfig:
             dtype=args.lora_dtype,
             rank_pattern=args.lora_rank_pattern,
             alpha_pattern=args.lora_alpha_pattern,
+            trainable_token_indices=rows,
             seed=getattr(args, "seed", cls.seed),
         )
 
@@ -142,6 +152,28 @@ class LoRAConfig:
 def _names(values: list[str] | str) -> tuple[str, ...]:
     values = [values] if isinstance(values, str) else values
     return tuple(name for value in values for name in value.split(",") if name)
+
+
+def _of_ranges(words: Iterable[str]) -> tuple[int, ...]:
+    """``["5", "63-70"]`` -> ids; separated by commas too. Raises UsageError naming the word that is none."""
+    found: list[int] = []
+    for word in (part for word in words for part in word.split(",") if part):
+        first, dash, last = word.partition("-")
+        if not (first.isdecimal() and (last.isdecimal() or not dash)) or int(last or first) < int(first):
+            raise UsageError(f"--trainable-token-indices {word}: expected an id, or a range such as 151665-152432")
+        found.extend(range(int(first), int(last or first) + 1))
+    return tuple(found)
+
+
+def as_ranges(ids: Iterable[int]) -> list[str]:
+    """The inverse: ids in order -> the shortest words."""
+    runs: list[list[int]] = []
+    for i in ids:
+        if runs and runs[-1][1] == i - 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return [str(a) if a == b else f"{a}-{b}" for a, b in runs]
 
 
 def _ids(values: Any) -> tuple[int, ...]:
