@@ -49,3 +49,9 @@ def text_name(layer_prefix: str, stored: str) -> str | None:
     if stored.startswith(language):
         return "model." + stored.removeprefix(language)
     return "lm_head" if stored.rpartition(".")[2] == "lm_head" else None
+
+
+def canonical_layers(name: str) -> str:
+    """A linear's name under any prefix of a layer -> under the canonical one; others as they are."""
+    prefix = next((prefix for prefix in LAYER_PREFIXES if name.startswith(prefix)), CANONICAL_LAYERS)
+    return CANONICAL_LAYERS + name.removeprefix(prefix) if name.startswith(prefix) else name
