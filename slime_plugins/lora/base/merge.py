@@ -6,16 +6,34 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from slime_plugins.lora.base.checkpoint import MERGEABLE, BaseCheckpoint
 from slime_plugins.lora.base.rewrite import rewrite
 from slime_plugins.lora.base.stacks import StackedExpert
-from slime_plugins.lora.projections import Projection, Rounding, merge
+from slime_plugins.lora.projections import Rounding, merge
+
+_ROUNDED_AT_ONCE = 1 << 20  # entries: counting what is lost takes several copies of them, two in float64
 
 
-def merge_weight(weight: torch.Tensor, projection: Projection, rounding: Rounding | None = None) -> torch.Tensor:
+class Update(Protocol):
+    """What is merged into one matrix: a ``Projection``, or something that reads its values when they are needed."""
+
+    @property
+    def name(self) -> str:
+        """Of the linear, canonical."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]"""
+
+    def update(self) -> torch.Tensor:
+        """scaling * B A, float32 [out, in]."""
+
+
+def merge_weight(weight: torch.Tensor, projection: Update, rounding: Rounding | None = None) -> torch.Tensor:
     """W + scaling * B A in W's dtype, [out, in]; the sum is rounded once.
 
     Raises:
@@ -25,14 +43,17 @@ def merge_weight(weight: torch.Tensor, projection: Projection, rounding: Roundin
         raise ValueError(
             f"{projection.name} is {list(weight.shape)} in the base, its adapter is for {list(projection.shape)}"
         )
-    merged = merge(weight, projection.update(), rounding)
-    if not torch.isfinite(merged).all():
-        raise ValueError(f"{projection.name} is not finite after merging")
+    update, merged = projection.update(), torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    rows = max(1, _ROUNDED_AT_ONCE // weight.shape[1])
+    for part in zip(weight.split(rows), update.split(rows), merged.split(rows)):
+        part[2].copy_(merge(*part[:2], rounding))
+        if not torch.isfinite(part[2]).all():
+            raise ValueError(f"{projection.name} is not finite after merging")
     return merged
 
 
 def merge_checkpoint(
-    projections: Iterable[Projection],
+    projections: Iterable[Update],
     hf_checkpoint: str | os.PathLike | BaseCheckpoint,
     out_dir: str | os.PathLike,
     *,
@@ -42,7 +63,7 @@ def merge_checkpoint(
     """Write a copy of a base checkpoint with adapters merged in, whole or not at all.
 
     Files, index, tensor order and dtypes stay those of the base, so tied embeddings stay tied; adapted matrices are
-    replaced one by one as the bytes stream past: one matrix in memory at a time, beside the adapter.
+    replaced one by one as the bytes stream past: one matrix in memory at a time, beside what the updates hold.
 
     Args:
         stored: tensor name, value -> what the trained base had in its place (a dequantised matrix), same shape and
@@ -54,7 +75,7 @@ def merge_checkpoint(
             file that is a link to elsewhere (those of a Hugging Face cache are followed).
     """
     base, out = BaseCheckpoint.of(hf_checkpoint), Path(out_dir)
-    updates: dict[str, list[tuple[StackedExpert | None, Projection]]] = defaultdict(list)
+    updates: dict[str, list[tuple[StackedExpert | None, Update]]] = defaultdict(list)
     for projection in projections:
         linear = base.spelled(projection.name)
         place = base.stacks.get(linear)
@@ -75,7 +96,7 @@ def merge_checkpoint(
     return rounding
 
 
-def _check(name: str, projection: Projection, base: BaseCheckpoint, place: StackedExpert | None) -> None:
+def _check(name: str, projection: Update, base: BaseCheckpoint, place: StackedExpert | None) -> None:
     weight = base.weights.get(name)
     shape = place.shape if place else weight and weight.shape
     if weight is None or shape != projection.shape:

@@ -41,11 +41,7 @@ def import_checkpoint(
     """
     checkpoint = BaseCheckpoint(hf_checkpoint)
     source = PeftAdapter(adapter_dir, checkpoint)
-    if names is not None and (strange := sorted(set(source.modules) - checkpoint.names(names).keys())):
-        raise ValueError(
-            f"{adapter_dir}: {strange[0]} is no name of --names {names} for {hf_checkpoint}; leave --names out to read "
-            "every spelling"
-        )
+    source.refuse_other_names(names)
     other, compared = source.tensors.other_base(checkpoint, full=True)
     if other:
         raise ValueError(f"{adapter_dir}: {other}")

@@ -78,6 +78,20 @@ class PeftAdapter:
         """Factor on B A."""
         return module_scaling(self.config, module)
 
+    def refuse_other_names(self, names: str | None) -> None:
+        """Raise ValueError where a module is not spelled as ``names`` (of ``base.spelling.SPELLINGS``) has it.
+
+        None takes every spelling. Needs the base.
+        """
+        if names is None or self._base is None:
+            return
+        strange = next((module for module in self.modules if module not in self._base.names(names)), None)
+        if strange is not None:
+            raise ValueError(
+                f"{self.directory}: {strange} is no name of --names {names} for {self._base.directory}; leave --names "
+                "out to read every spelling"
+            )
+
     def linears(self) -> dict[str, list[str]]:
         """Megatron linear -> its adapted projections, in the order of the fused rows."""
         parts: dict[str, dict[int, str]] = defaultdict(dict)
