@@ -47,6 +47,14 @@ def _attention(leaf: str, hf_leaf: str, **kwargs) -> Linear:
     return Linear(path=f"self_attention.{leaf}", parent="self_attn", leaves=(hf_leaf,), **kwargs)
 
 
+def _linear_attention(*leaves: str, **kwargs) -> tuple[Linear, ...]:
+    path = "self_attention.linear_attn"
+    return tuple(
+        Linear(path=f"{path}.{leaf}", parent="linear_attn", leaves=(leaf,), parallel="duplicated", **kwargs)
+        for leaf in leaves
+    )
+
+
 _TABLE = (
     # Llama, Qwen2, Qwen3; q_proj of gated attention (Qwen3-Next) holds the gate too.
     Linear(
@@ -66,6 +74,10 @@ _TABLE = (
     _attention("linear_kv_up_proj", "kv_b_proj", mla=True),
     *_mlp("mlp.experts", "mlp.experts", is_expert=True),
     *_mlp("mlp.shared_experts", "mlp.shared_experts"),  # ``shared_expert`` in Qwen's checkpoints: see ``spellings``
+    # Linear attention in slime (Qwen3.5, Qwen3-Next): Hugging Face's modules, whole on every tensor-parallel rank. Its
+    # gates of one row per head are adapted by name alone: SGLang serves none of them.
+    *_linear_attention("in_proj_qkv", "in_proj_z", "in_proj_qkvz", "out_proj"),
+    *_linear_attention("in_proj_a", "in_proj_b", "in_proj_ba", by_name_only=True),
     Linear(path="mlp.router", parent="mlp", leaves=("gate",), parallel="duplicated", by_name_only=True),
 )
 LINEARS = {linear.path: linear for linear in _TABLE}
@@ -145,6 +157,11 @@ def of_expert(stacked_name: str, expert: int | str) -> str:
 def in_experts(name: str) -> bool:
     """Is this the name, in either vocabulary, of a layer's routed experts or of anything in them?"""
     return ".mlp.experts." in f"{name}."
+
+
+def in_linear_attention(path: str) -> bool:
+    """Is this the path, in a layer, of a projection of linear attention?"""
+    return path.startswith("self_attention.linear_attn.")
 
 
 def is_adapter(name: str) -> bool:

@@ -19,7 +19,6 @@ import torch
 
 from slime_plugins.lora.base.quantization import BLOCK, BaseQuant
 from slime_plugins.lora.layers import kind_of
-from slime_plugins.lora.layers.frozen import FrozenRouter
 from slime_plugins.lora.parallel import chunks_of, everywhere
 from slime_plugins.lora.quant.packed import Packed, PackedWeight, noted
 from slime_plugins.lora.quantize import Plan, QuantReport, compress, matrices_of, planned
@@ -42,7 +41,7 @@ def packing() -> Iterator[None]:
 
 def _registered(module: torch.nn.Module, name: str, parameter: Any) -> torch.nn.Parameter | None:
     kind = kind_of(module)
-    if kind is None or issubclass(kind.frozen, FrozenRouter) or isinstance(parameter, PackedWeight):
+    if kind is None or not kind.frozen.can_be_packed or isinstance(parameter, PackedWeight):
         return None
     if parameter is None or not name.startswith("weight") or parameter.dim() != 2 or parameter.shape[1] % BLOCK:
         return None

@@ -155,7 +155,7 @@ def matrices_of(chunk: torch.nn.Module) -> Iterator[Matrix]:
     for path, module in modules.items():
         match = _LAYER.match(path)
         base = frozen_of(module) if match else None
-        if match is None or base is None or not base.owns_weights:
+        if match is None or base is None or not base.owns_weights or not base.can_be_packed:
             continue
         leaf = _EXPERT.sub("", match[3])
         if not is_known(leaf) or record_of(f"decoder.layers.0.{leaf}").by_name_only:

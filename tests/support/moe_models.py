@@ -1,7 +1,8 @@
 """Tiny models with routed experts: a Hugging Face checkpoint, and the same base as Megatron chunks on every rank.
 
 ``qwen3_moe``, ``qwen2_moe`` (shared expert with a gate), ``glm4_moe`` (dense first layer, sigmoid router, shared
-expert), ``deepseek_v3`` (the same with MLA) and ``qwen3_next`` (gated attention in all layers, norms around 0).
+expert), ``deepseek_v3`` (the same with MLA), ``qwen3_next`` and ``qwen3_5_moe_text`` (a layer of linear attention, then
+one of gated attention, norms around 0). ``qwen3_5_text`` is the last one without experts.
 Weights are cut by hand here, not by the code under test.
 """
 
@@ -19,7 +20,10 @@ from safetensors.torch import load_file
 VOCAB, HIDDEN, HEADS, GROUPS, HEAD_DIM = 96, 40, 4, 2, 12
 FFN, EXPERT_FFN, SHARED_FFN, EXPERTS, TOPK = 56, 20, 24, 8, 2
 MLA = {"q_lora_rank": 28, "kv_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 10}
-FAMILIES = ("qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3", "qwen3_next")
+FAMILIES = ("qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3", "qwen3_next", "qwen3_5_moe_text")
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6}
+LINEAR |= {"linear_conv_kernel_dim": 4}
+WITH_LINEAR = ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text")
 
 
 @contextlib.contextmanager
@@ -62,10 +66,18 @@ def make_checkpoint(path: Path, family: str, *, unused_experts: tuple[int, ...] 
     elif family == "qwen2_moe":
         common |= dict(shared_expert_intermediate_size=SHARED_FFN, num_key_value_heads=GROUPS, num_hidden_layers=2)
         config = transformers.Qwen2MoeConfig(**common, num_experts=EXPERTS, norm_topk_prob=False)
-    elif family == "qwen3_next":
+    elif family in WITH_LINEAR:
         common["rope_parameters"] |= {"partial_rotary_factor": 1.0}
-        common |= dict(shared_expert_intermediate_size=SHARED_FFN, num_hidden_layers=2, num_experts=EXPERTS)
-        config = transformers.Qwen3NextConfig(**common, **gqa, layer_types=["full_attention"] * 2, norm_topk_prob=True)
+        common |= LINEAR | dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+        if family != "qwen3_next":
+            common["rope_parameters"] |= {"mrope_section": [HEAD_DIM // 6] * 3}
+        if family == "qwen3_5_text":
+            del common["num_experts_per_tok"], common["moe_intermediate_size"]
+            config = transformers.Qwen3_5TextConfig(**common, **gqa)
+        else:
+            common |= dict(shared_expert_intermediate_size=SHARED_FFN, num_experts=EXPERTS, norm_topk_prob=True)
+            made = transformers.Qwen3NextConfig if family == "qwen3_next" else transformers.Qwen3_5MoeTextConfig
+            config = made(**common, **gqa)
     elif family == "glm4_moe":
         config = transformers.Glm4MoeConfig(**common, **gqa, **sigmoid, use_qk_norm=True, partial_rotary_factor=1.0)
     else:
@@ -87,7 +99,7 @@ def make_checkpoint(path: Path, family: str, *, unused_experts: tuple[int, ...] 
 def linears(path: Path) -> dict[str, tuple[int, int]]:
     """Hugging Face name -> [out, in] of what all-linear adapts."""
     shapes = {name: tuple(t.shape) for name, t in load_file(path / "model.safetensors").items()}
-    skipped = ("gate.weight", "shared_expert_gate.weight")
+    skipped = ("gate.weight", "shared_expert_gate.weight", "in_proj_a.weight", "in_proj_b.weight", "in_proj_ba.weight")
     return {
         name.removesuffix(".weight"): shape
         for name, shape in shapes.items()
@@ -108,11 +120,12 @@ def transformer_config(hf: dict, **overrides):
 
     mla, sigmoid = "kv_lora_rank" in hf, "n_routed_experts" in hf
     shared = {}
-    if hf["model_type"] in ("qwen2_moe", "qwen3_next"):
+    around_zero, dense = hf["model_type"] in WITH_LINEAR, hf["model_type"] == "qwen3_5_text"
+    if hf["model_type"] == "qwen2_moe" or (around_zero and not dense):
         shared = dict(moe_shared_expert_intermediate_size=SHARED_FFN, moe_shared_expert_gate=True)
     elif sigmoid:
         shared = dict(moe_shared_expert_intermediate_size=EXPERT_FFN)
-    router = dict(moe_router_pre_softmax=not hf["norm_topk_prob"])
+    router = dict(moe_router_pre_softmax=not hf.get("norm_topk_prob", True))
     if sigmoid:
         router = dict(
             moe_router_score_function="sigmoid",
@@ -139,19 +152,19 @@ def transformer_config(hf: dict, **overrides):
         kv_channels=hf["v_head_dim"] if mla else hf.get("head_dim") or HIDDEN // HEADS,
         normalization="RMSNorm",
         layernorm_epsilon=hf["rms_norm_eps"],
-        qk_layernorm=mla or hf["model_type"] in ("qwen3_moe", "glm4_moe", "qwen3_next"),
-        attention_output_gate=hf["model_type"] == "qwen3_next",
-        layernorm_zero_centered_gamma=hf["model_type"] == "qwen3_next",
+        qk_layernorm=mla or around_zero or hf["model_type"] in ("qwen3_moe", "glm4_moe"),
+        attention_output_gate=around_zero,
+        layernorm_zero_centered_gamma=around_zero,
         add_qkv_bias=hf["model_type"] == "qwen2_moe",
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        num_moe_experts=EXPERTS,
+        num_moe_experts=None if dense else EXPERTS,
         moe_router_topk=TOPK,
-        moe_ffn_hidden_size=EXPERT_FFN,
-        moe_layer_freq=[int(i >= hf.get("first_k_dense_replace", 0)) for i in range(hf["num_hidden_layers"])],
+        moe_ffn_hidden_size=None if dense else EXPERT_FFN,
+        moe_layer_freq=[int(not dense and i >= hf.get("first_k_dense_replace", 0)) for i in range(hf["num_hidden_layers"])],
         moe_router_load_balancing_type="none",
         moe_router_dtype="fp32",
         moe_token_dispatcher_type="alltoall",
@@ -192,9 +205,11 @@ class Attention(torch.nn.Module):
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
-def layer_specs(config, te: bool) -> list:
+def layer_specs(config, te: bool, hf_dir) -> list:
     """One spec per decoder layer: dense or with experts, of Megatron's own or of TE's linears."""
+    from linear_attention import LinearAttention, is_linear
     from megatron.core.models.gpt import gpt_layer_specs as specs
+    from megatron.core.transformer.spec_utils import ModuleSpec
 
     from slime_plugins.lora.rehearsal.model import RMSNorm
 
@@ -214,6 +229,8 @@ def layer_specs(config, te: bool) -> list:
                     if name.endswith("layernorm") and "Norm" in getattr(getattr(owner, name), "__name__", ""):
                         setattr(owner, name, RMSNorm)
         layer.submodules.self_attention.submodules.core_attention = Attention
+        if is_linear(hf_dir)[len(layers) : len(layers) + 1] == [True]:
+            layer.submodules.self_attention = ModuleSpec(LinearAttention, params=dict(hf_dir=hf_dir, norm=te))
         layers.append(layer)
     return layers
 
@@ -233,7 +250,7 @@ def build_chunks(hf_dir, *, te=False, apply: Callable | None = None, **overrides
     config = transformer_config(hf, **overrides)
     config.transformer_impl_is_te = te
     first = get_transformer_layer_offset(config)
-    specs = layer_specs(config, te)[first : first + get_num_layers_to_build(config)]
+    specs = layer_specs(config, te, hf_dir)[first : first + get_num_layers_to_build(config)]
 
     class NormAroundZero(RMSNorm):
         def forward(self, x):
@@ -316,6 +333,8 @@ def _layer_value(leaf: str, prefix: str, weights, config, tp: _Cut, etp: _Cut, f
     if leaf in _NORMS:
         names = _NORMS[leaf] if isinstance(_NORMS[leaf], tuple) else (_NORMS[leaf],)
         return next(weights[prefix + name] for name in names if prefix + name in weights)
+    if leaf == "self_attention.input_layernorm.weight" or ".linear_attn." in leaf:
+        return weights[prefix + leaf.removeprefix("self_attention.")]
     if leaf == "mlp.router.weight":
         return weights[prefix + "mlp.gate.weight"]
     if leaf == "mlp.router.expert_bias":

@@ -30,7 +30,9 @@ def write_adapter(out: Path, path: Path, values, *, rank: int, alpha: float) -> 
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     outside = sorted({name.split(".", 3)[3] for name in values if ".mlp." in name and ".experts." not in name})
     parameters, patterns = [f"{name}.weight" for name in outside], {}
-    if json.loads((path / "config.json").read_text())["model_type"] == "qwen2_moe":
+    if not any(".experts." in name for name in values):
+        parameters = []
+    elif json.loads((path / "config.json").read_text())["model_type"] in ("qwen2_moe", "qwen3_5_moe_text"):
         parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
         twice = r".*\.gate_up_proj"
         patterns = dict(rank_pattern={twice: 2 * rank}, alpha_pattern={twice: 2 * alpha})

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slime_plugins.lora.base.spelling import CANONICAL_LAYERS, LAYER_PREFIXES, SPELLINGS, module_name, text_name
+from slime_plugins.lora.base.stacks import StackedExpert, stacked_experts
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.files.json_text import read_object
 from slime_plugins.lora.files.safetensors import Stored, read_header
@@ -23,17 +26,6 @@ from slime_plugins.lora.names import spellings
 if TYPE_CHECKING:
     import torch
 
-CANONICAL_LAYERS = "model.layers."
-LAYER_PREFIXES = (CANONICAL_LAYERS, "model.language_model.layers.", "language_model.model.layers.")
-"""What bases put before a layer's number: text models, and two generations of those that see images too."""
-_QWEN_VL = {"model.": "model.language_model.", "visual.": "model.visual."}
-MODULES = {"qwen2_vl": _QWEN_VL, "qwen2_5_vl": _QWEN_VL}
-"""model_type -> what names in its files begin with -> what the names of its modules begin with.
-
-The modules are those of transformers from 4.52 on (5.23: ``conversion_mapping.py``), and PEFT goes by them: of an
-adapter under the other names it loads nothing, with a warning, and the model stays as it was. Of other types the two
-are one.
-"""
 MERGEABLE = ("F64", "F32", "BF16", "F16")
 """Dtypes, in the words of safetensors, that an adapter can be merged into."""
 
@@ -55,6 +47,7 @@ class BaseCheckpoint:
         self.directory = Path(directory)
         self.config = self._config()
         self.weights: dict[str, Stored] = self._weights()
+        self._names: dict[str, dict[str, str]] = {}
 
     @classmethod
     def of(cls, base: str | os.PathLike | BaseCheckpoint) -> BaseCheckpoint:
@@ -70,6 +63,11 @@ class BaseCheckpoint:
     def text_config(self) -> dict[str, Any]:
         """The language model's part of ``config.json``: ``text_config`` where there is one."""
         return self.config.get("text_config") or self.config
+
+    def model_type(self, spelling: str = "module") -> str | None:
+        """Hugging Face's name of the family; in ``text``, of the language model alone."""
+        config = self.text_config if spelling == "text" else self.config
+        return config.get("model_type")
 
     @property
     def tied(self) -> bool:
@@ -111,17 +109,49 @@ class BaseCheckpoint:
 
     def module(self, name: str) -> str:
         """A name as this base's files have it -> what it is called in the model that transformers makes of them."""
-        prefixes = MODULES.get(str(self.config.get("model_type")), {})
-        if not name.startswith(tuple(prefixes.values())):
-            for stored, loaded in prefixes.items():
-                if name.startswith(stored):
-                    return loaded + name.removeprefix(stored)
-        return name
+        return module_name(self.config.get("model_type"), name)
 
     @cached_property
     def modules(self) -> dict[str, str]:
         """Every one of ``linears``, by its name in a loaded model -> by its name in the files."""
-        return {self.module(name): name for name in self.linears}
+        return self.names("module")
+
+    def names(self, spelling: str) -> dict[str, str]:
+        """Every one of ``linears``, by its name in one of ``SPELLINGS`` -> by its name in the files.
+
+        ``text`` has no name for the linears of a vision tower.
+        """
+        if spelling not in self._names:
+            spelled = ((self.named(name, spelling), name) for name in self.linears)
+            self._names[spelling] = {new: name for new, name in spelled if new is not None}
+        return self._names[spelling]
+
+    def renamed(self, module: str, spelling: str) -> str:
+        """A linear's name in any spelling, in this one; a name that the base does not know as it is.
+
+        Raises:
+            UsageError: it has none in ``text``, being part of a tower.
+        """
+        stored = next((known[module] for known in map(self.names, SPELLINGS) if module in known), None)
+        if stored is None:
+            return module
+        name = self.named(stored, spelling)
+        if name is None:
+            raise UsageError(
+                f"{module} is no part of the language model: in names of {spelling} it has none; use --names module"
+            )
+        return name
+
+    def named(self, stored: str, spelling: str) -> str | None:
+        """A name as the files have it, in one of ``SPELLINGS``; None where that has none."""
+        if spelling == "text":
+            return text_name(self.layer_prefix, stored)
+        return self.module(stored) if spelling == "module" else stored
+
+    def spelling_of(self, modules: Collection[str]) -> str:
+        """The one of ``SPELLINGS`` in which this base knows the most of these names, the first of several."""
+        counts = {spelling: len(self.names(spelling).keys() & set(modules)) for spelling in SPELLINGS}
+        return max(SPELLINGS, key=counts.__getitem__)
 
     def layer_of(self, name: str) -> int | None:
         """Number of the layer that a weight of this base lies in; None for those outside of layers."""
@@ -132,6 +162,8 @@ class BaseCheckpoint:
 
     def linear_shape(self, module: str) -> tuple[int, int] | None:
         """[out, in] of a linear, by this base's name; None when it has no such module, or holds it packed (4-bit)."""
+        if module in self.stacks:
+            return self.stacks[module].shape
         weight = self.weights.get(f"{module}.weight")
         if weight is None and module == "lm_head" and self.tied:
             weight = self.weights.get(self.embedding)
@@ -141,13 +173,28 @@ class BaseCheckpoint:
 
     @cached_property
     def linears(self) -> frozenset[str]:
-        """Names of all modules with a matrix for a weight, embeddings left out; packed (4-bit) ones too."""
+        """Names of all modules with a matrix for a weight, embeddings left out; packed (4-bit) ones too.
+
+        Experts that are held stacked are named one by one, as others are. Multi-token prediction is left out, too.
+        """
         names = {name.removesuffix(".weight") for name, w in self.weights.items() if len(w.shape) == 2}
         names = {name for name in names if f"{name}.weight" in self.weights}
         names |= {name.removesuffix(".qweight") for name in self.weights if name.endswith(".qweight")}
+        names |= self.stacks.keys()
         if self.tied:
             names.add("lm_head")
-        return frozenset(name for name in names if "embed" not in name.rpartition(".")[2])
+        return frozenset(name for name in names if "embed" not in name.rpartition(".")[2] and not self._predicts(name))
+
+    def _predicts(self, name: str) -> bool:
+        """Is this of multi-token prediction, which models of transformers leave in the files?"""
+        layer, layers = self.layer_of(name), self.text_config.get("num_hidden_layers")
+        beyond = layer is not None and isinstance(layers, int) and layer >= layers
+        return name.startswith("mtp.") or bool(beyond and self.text_config.get("num_nextn_predict_layers"))
+
+    @cached_property
+    def stacks(self) -> dict[str, StackedExpert]:
+        """``...experts.3.gate_proj`` -> its place in the tensor that holds all of its layer, where one does."""
+        return stacked_experts(self.weights, self.text_config)
 
     def read(self, name: str, *, dim: int | None = None, part: int = 0, parts: int = 1) -> torch.Tensor:
         """One tensor, or the ``part``-th of ``parts`` equal slices along dimension 0 or 1. On the CPU.

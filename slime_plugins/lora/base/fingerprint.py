@@ -84,10 +84,10 @@ def fingerprint_of_hf(
     sums = sums_of(base, dtype) if sums is None else sums
     matrices: dict[int, list[str]] = {n: [] for n in layers}
     rest: dict[str, list[str]] = defaultdict(list)
-    outside = _outside(base)
+    outside, stacks = _outside(base), {place.tensor for place in base.stacks.values()}
     for name, weight in base.weights.items():
         layer, found = base.layer_of(name), sums[name].checksum
-        if layer in matrices and len(weight.shape) == 2:
+        if layer in matrices and (len(weight.shape) == 2 or name in stacks):
             if not found:
                 raise ValueError(
                     f"{base.directory}: {name} is {weight.dtype}; expected one of {', '.join(MERGEABLE)} to compare"

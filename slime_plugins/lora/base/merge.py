@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +12,7 @@ import torch
 
 from slime_plugins.lora.base.checkpoint import MERGEABLE, BaseCheckpoint
 from slime_plugins.lora.base.rewrite import rewrite
+from slime_plugins.lora.base.stacks import StackedExpert
 from slime_plugins.lora.projections import Rounding, merge
 
 _ROUNDED_AT_ONCE = 1 << 20  # entries: counting what is lost takes several copies of them, two in float64
@@ -73,23 +75,32 @@ def merge_checkpoint(
             file that is a link to elsewhere (those of a Hugging Face cache are followed).
     """
     base, out = BaseCheckpoint.of(hf_checkpoint), Path(out_dir)
-    updates = {f"{base.spelled(p.name)}.weight": p for p in projections}
-    for name, projection in updates.items():
-        _check(name, projection, base)
+    updates: dict[str, list[tuple[StackedExpert | None, Update]]] = defaultdict(list)
+    for projection in projections:
+        linear = base.spelled(projection.name)
+        place = base.stacks.get(linear)
+        name = f"{linear}.weight" if place is None else place.tensor
+        _check(name, projection, base, place)
+        updates[name].append((place, projection))
     rounding = Rounding()
 
     def change(name: str, weight: torch.Tensor) -> torch.Tensor:
         weight = weight if stored is None else stored(name, weight)
-        return merge_weight(weight, updates[name], rounding) if name in updates else weight
+        merged = weight.clone()
+        for place, projection in updates.get(name, ()):
+            matrix = merged if place is None else place.view(merged)
+            matrix.copy_(merge_weight(matrix, projection, rounding))
+        return merged
 
     rewrite(base, out, {*updates, *also}, change)
     return rounding
 
 
-def _check(name: str, projection: Update, base: BaseCheckpoint) -> None:
+def _check(name: str, projection: Update, base: BaseCheckpoint, place: StackedExpert | None) -> None:
     weight = base.weights.get(name)
-    if weight is None or weight.shape != projection.shape:
-        has = f"has {list(weight.shape)}" if weight else "has none of that name"
+    shape = place.shape if place else weight and weight.shape
+    if weight is None or shape != projection.shape:
+        has = f"has {list(shape or ())}" if weight else "has none of that name"
         raise ValueError(
             f"the adapter of {projection.name} is for a {list(projection.shape)} matrix, but {base.directory} {has}; "
             "give the checkpoint that it was trained on"

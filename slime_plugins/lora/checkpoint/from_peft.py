@@ -19,13 +19,19 @@ from slime_plugins.lora.projections import Adapter
 
 
 def import_checkpoint(
-    adapter_dir: str | os.PathLike, hf_checkpoint: str | os.PathLike, out: str | os.PathLike
+    adapter_dir: str | os.PathLike,
+    hf_checkpoint: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    names: str | None = None,
 ) -> tuple[Path, Manifest, str]:
     """Write ``out``/release, which ``load_adapter`` reads into a model of ``LoRAConfig.from_peft(adapter_dir)``.
 
     Layout ``fused`` where the projections of every linear share their A, else ``split``. The whole base is read, for
     the fingerprint that a load compares.
 
+    Args:
+        names: what the adapter must be spelled in, one of ``base.spelling.SPELLINGS``; None reads every one.
     Returns:
         where it is, what it says, and what of the base was compared with what the adapter notes, for people.
     Raises:
@@ -35,6 +41,7 @@ def import_checkpoint(
     """
     checkpoint = BaseCheckpoint(hf_checkpoint)
     source = PeftAdapter(adapter_dir, checkpoint)
+    source.refuse_other_names(names)
     other, compared = source.tensors.other_base(checkpoint, full=True)
     if other:
         raise ValueError(f"{adapter_dir}: {other}")

@@ -32,6 +32,21 @@ def positive(text: str) -> float:
     return value
 
 
+NAMES = ("module", "checkpoint", "text")  # base.spelling.SPELLINGS, which costs an import of the base
+
+
+def add_names(parser: argparse.ArgumentParser, *, reads: bool = False) -> None:
+    """``--names``, of a verb that writes an adapter, or that reads one."""
+    what = "the adapter's modules are called as the model that transformers makes of the base calls them (module), "
+    what += "as the base's files do (checkpoint), or as the language model alone does (text)"
+    parser.add_argument(
+        "--names",
+        choices=NAMES,
+        default=None if reads else NAMES[0],
+        help=f"{what} (default: {'any of them' if reads else '%(default)s'})",
+    )
+
+
 def check_out(flag: str, out: str, sources: Mapping[str, str | None]) -> None:
     """Raise UsageError where what is written would be what is read. ``sources``: flag -> path."""
     for name, source in sources.items():

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from slime_plugins.lora.cli.arguments import check_out, place, positive
+from slime_plugins.lora.cli.arguments import add_names, check_out, place, positive
 
 NAME = "convert-zero"
 HELP = "Turn a DeepSpeed ZeRO-1/2/3 checkpoint of a PEFT model into a PEFT adapter."
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="base for the adapter's config; a local directory is also checked against",
     )
+    add_names(parser)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -82,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         base_model=args.base_model,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         extra=args.extra,
+        names=args.names,
     )
     print(f"{'checkpoint':<13} {done.checkpoint}: ZeRO stage {done.stage}, {done.world_size} ranks")
     print(f"{'weights':<13} {done.source}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from slime_plugins.lora.cli.arguments import check_out, lost, place
+from slime_plugins.lora.cli.arguments import add_names, check_out, lost, place
 
 FORMATS = ("per-expert", "fused")  # peft.experts_form.FORMATS, which costs torch to import
 NAME = "export"
@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of routed experts: per-expert (vLLM, SGLang, PEFT) or fused, PEFT's stacked parameters (default: "
         "%(default)s)",
     )
+    add_names(parser)
     parser.add_argument(
         "--serve-dir",
         type=place,
@@ -72,8 +73,9 @@ def run(args: argparse.Namespace) -> int:
     from slime_plugins.lora.checkpoint.reader import AdapterCheckpoint
     from slime_plugins.lora.errors import UsageError
 
-    if args.merge and (args.peft_patterns or args.serve_dir):
-        flag = "--peft-patterns" if args.peft_patterns else "--serve-dir"
+    names = args.names != "module"
+    if args.merge and (args.peft_patterns or args.serve_dir or names):
+        flag = "--peft-patterns" if args.peft_patterns else "--serve-dir" if args.serve_dir else "--names"
         raise UsageError(f"--merge writes a full model, for which {flag} has no meaning; leave one of them out")
     sources = {"--checkpoint": args.checkpoint, "--hf-checkpoint": args.hf_checkpoint}
     check_out("--out", args.out, sources)
@@ -107,6 +109,7 @@ def _export(projections, checkpoint, base, args: argparse.Namespace) -> None:
         dropout=checkpoint.manifest.config.dropout,
         patterns=args.peft_patterns,
         moe_format=args.moe_format,
+        names=args.names,
     )
     digest = weights_digest(base, checkpoint.manifest.base["dtype"])
     write_adapter(args.out, *adapter, base=base, base_digest=digest, base_quant=checkpoint.base_quant)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from slime_plugins.lora.arguments import lora_flags
-from slime_plugins.lora.cli.arguments import check_out, place
+from slime_plugins.lora.cli.arguments import add_names, check_out, place
 
 NAME = "import"
 HELP = "Turn a PEFT adapter into a sharded checkpoint, to train on at any parallelism."
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--out", "a run's directory; the checkpoint is DIR/release"),
     ):
         parser.add_argument(flag, required=True, type=place, metavar="DIR", help=what)
+    add_names(parser, reads=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from slime_plugins.lora.checkpoint.from_peft import import_checkpoint
 
     check_out("--out", args.out, {"--adapter": args.adapter, "--hf-checkpoint": args.hf_checkpoint})
-    path, manifest, compared = import_checkpoint(args.adapter, args.hf_checkpoint, args.out)
+    path, manifest, compared = import_checkpoint(args.adapter, args.hf_checkpoint, args.out, names=args.names)
     print(f"{args.adapter}: adapters of {len(manifest.adapters)} linears")
     print(f"base compared: {compared}")
     print(f"train on with: {lora_flags(manifest.config)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from slime_plugins.lora.cli.arguments import check_out, lost, place
+from slime_plugins.lora.cli.arguments import add_names, check_out, lost, place
 
 NAME = "merge"
 HELP = "Merge a PEFT adapter into its base: a full model, for instance to train a new adapter on."
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--hf-checkpoint", required=True, type=place, metavar="DIR", help="the base it was trained on")
     parser.add_argument("--out", required=True, type=place, metavar="DIR", help="the merged model: a new directory")
+    add_names(parser, reads=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from slime_plugins.lora.peft.merge import merge_adapter
 
     check_out("--out", args.out, {"ADAPTER_DIR": args.adapter, "--hf-checkpoint": args.hf_checkpoint})
-    merged = merge_adapter(args.adapter, args.hf_checkpoint, args.out)
+    merged = merge_adapter(args.adapter, args.hf_checkpoint, args.out, names=args.names)
     print(f"{args.adapter}: {merged.modules} matrices merged")
     print(f"base compared: {merged.compared}")
     print(lost(merged.rounding))

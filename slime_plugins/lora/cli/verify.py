@@ -8,7 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from slime_plugins.lora.base.quantization import BaseQuant
-from slime_plugins.lora.cli.arguments import place
+from slime_plugins.lora.cli.arguments import add_names, place
 
 if TYPE_CHECKING:
     from slime_plugins.lora.peft.checks import Problem
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--full", action="store_true", help="compare every byte of the base, where the adapter notes what they were"
     )
+    add_names(parser, reads=True)
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
 
@@ -47,9 +48,11 @@ def run(args: argparse.Namespace) -> int:
     from slime_plugins.lora.errors import UsageError
     from slime_plugins.lora.peft.verify import verify_adapter
 
+    if args.names and args.hf_checkpoint is None:
+        raise UsageError("--names is a spelling of the base's: give it with --hf-checkpoint")
     if args.full and args.hf_checkpoint is None:
         raise UsageError("--full compares the base: give it with --hf-checkpoint")
-    report = verify_adapter(args.adapter, args.hf_checkpoint, full=args.full)
+    report = verify_adapter(args.adapter, args.hf_checkpoint, full=args.full, names=args.names)
     print(json.dumps(report.to_dict(), indent=2) if args.json else table(report))
     return 0 if report.ok else 1
 
@@ -79,6 +82,7 @@ def table(report: Report) -> str:
         rows.append(("checked with", f"{report.checked_against}{selected}"))
         if report.base_compared:
             rows.append(("base compared", report.base_compared))
+        rows += [("loads in", f"{loader}: {what}") for loader, what in report.loaders.items()]
     lines = [f"{name:<13} {value}" for name, value in rows]
     lines += [f"{'warning':<13} {message}" for message in _shortened(report.warnings)]
     lines += [f"{'PROBLEM':<13} {message}" for message in _shortened(report.problems)]

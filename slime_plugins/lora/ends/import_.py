@@ -20,7 +20,6 @@ from slime_plugins.lora.adapters import config_of, iter_adapters
 from slime_plugins.lora.checkpoint.model import other_base
 from slime_plugins.lora.layers import AdapterSpec, LoRALinear
 from slime_plugins.lora.layers.pieces import Piece, Placement
-from slime_plugins.lora.names import spellings
 from slime_plugins.lora.parallel import all_gather, everywhere, on_rank_0
 from slime_plugins.lora.peft.directory import validate_adapter
 from slime_plugins.lora.peft.read import PeftAdapter, distinct_A, equal
@@ -177,14 +176,13 @@ def _at_rank(
 
 
 def _in_file(name: str, source: PeftAdapter) -> str:
-    return next((spelling for spelling in spellings(name) if spelling in source), name)
+    return source.find(name) or name
 
 
 def _compare(source: PeftAdapter, here: set[str]) -> None:
     """Raise ValueError listing the projections that the file and the model do not both have."""
-    found = set(source.modules)
-    missing = sorted(name for name in here if not found.intersection(spellings(name)))
-    extra = sorted(found - {spelling for name in here for spelling in spellings(name)})
+    missing = sorted(name for name in here if source.find(name) is None)
+    extra = sorted(name for name in source.modules if source.canonical(name) not in here)
     problems = []
     if missing:
         problems.append(f"no adapter for {_listed(missing)}, which this model adapts")

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
 from slime_plugins.lora.quant.packed import PackedWeight, dense_of
 
@@ -31,6 +32,8 @@ class FrozenLinear:
     """``forward`` returns (output, bias), as Megatron's linears do; else the output alone."""
     owns_weights = True
     """False for a linear that is made of others, which the model has too: what is counted must be counted once."""
+    can_be_packed = True
+    """May its weight be held in codes?"""
 
     def __init__(
         self, module: torch.nn.Module, parallel: str, frozen_of: Callable[[torch.nn.Module], FrozenLinear]
@@ -259,7 +262,32 @@ class FrozenRouter(FrozenLinear):
     """Megatron's router: logits from ``gating``, the weight whole on every rank."""
 
     returns_bias = False
+    can_be_packed = False
 
     @property
     def leaves_exchange_to_caller(self) -> bool:
         return False
+
+
+class FrozenPlainLinear(FrozenLinear):
+    """torch's own linear in a module of Hugging Face's (slime's linear attention): whole on every rank.
+
+    Around it slime gathers the tokens of sequence parallelism, and gives each rank its part of the input's gradient
+    without a sum: all ranks compute the same, the gradients of A and B too.
+    """
+
+    returns_bias = False
+    can_be_packed = False
+
+    @property
+    def config(self) -> Any:
+        """None: it knows of no model around it."""
+        return None
+
+    @property
+    def tp_group(self) -> Any:
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def tokens(self) -> str:
+        return "whole"

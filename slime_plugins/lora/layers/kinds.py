@@ -17,10 +17,12 @@ from slime_plugins.lora.layers.forms.experts import (
     LoRAExpertRowLinears,
 )
 from slime_plugins.lora.layers.forms.megatron import LoRAColumnParallelLinear, LoRARowParallelLinear, LoRATopKRouter
+from slime_plugins.lora.layers.forms.plain import LoRAPlainLinear
 from slime_plugins.lora.layers.forms.tokens import TokenRows
 from slime_plugins.lora.layers.frozen import (
     FrozenExperts,
     FrozenLinear,
+    FrozenPlainLinear,
     FrozenRouter,
     FrozenTEGroupedLinear,
     FrozenTELinear,
@@ -44,8 +46,9 @@ KINDS: dict[type, Kind] = {
     ExpertColumnLinears: Kind(LoRAExpertColumnLinears, "column", FrozenExperts),
     ExpertRowLinears: Kind(LoRAExpertRowLinears, "row", FrozenExperts),
     TopKRouter: Kind(LoRATopKRouter, "duplicated", FrozenRouter),
+    torch.nn.Linear: Kind(LoRAPlainLinear, "duplicated", FrozenPlainLinear),
 }
-"""Those of Megatron itself; see ``kind_of`` for TransformerEngine's."""
+"""Those of Megatron itself, and torch's in modules of Hugging Face's; see ``kind_of`` for TransformerEngine's."""
 
 
 def kind_of(module: torch.nn.Module) -> Kind | None:

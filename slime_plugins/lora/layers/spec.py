@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from megatron.core import parallel_state
 
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.layers.frozen import FrozenLinear
 from slime_plugins.lora.layers.lowrank import Block
 from slime_plugins.lora.layout import ROWS, Part, whole
-from slime_plugins.lora.names import hf_names, of_expert, record_of
+from slime_plugins.lora.names import hf_names, in_linear_attention, of_expert, record_of
 from slime_plugins.lora.projections import Adapter
 
 
@@ -102,7 +103,7 @@ class AdapterSpec:
 
 
 def check_gradients(base: FrozenLinear, name: str) -> None:
-    """Refuse latent attention where Megatron's own backward is wrong, with adapters or without.
+    """Refuse attention whose own backward is wrong, with adapters or without: latent, and linear over chunks.
 
     The rotary part of the key is one for all heads. Its gradient is summed over tensor-parallel ranks only on the way
     back through Megatron's gather from the sequence-parallel region, so with a duplicated projection under sequence
@@ -111,6 +112,11 @@ def check_gradients(base: FrozenLinear, name: str) -> None:
     Raises:
         UsageError: naming the flags that go well together.
     """
+    if in_linear_attention(name.split(".", 3)[-1]) and parallel_state.get_context_parallel_world_size() > 1:
+        raise UsageError(
+            f"{name}: slime's linear attention over context parallelism drops the gradients that cross chunks, and "
+            "every adapter below it would train on wrong ones; use --context-parallel-size 1"
+        )
     if not name.endswith("linear_kv_down_proj") or base.tp_group.size() == 1:
         return
     if base.parallel != "duplicated" or not base.config.sequence_parallel:

@@ -18,33 +18,41 @@ from slime_plugins.lora.peft.config import key_of, parse_key, target_list
 from slime_plugins.lora.peft.experts_form import PARAMETER_OF, STACKED, WEIGHT, experts_of, stack
 
 _GATE_UP = r".*\.gate_up_proj"  # as PEFT writes it when it converts an adapter
-_NOT_CONVERTED = {"qwen2_moe"}  # PEFT has the conversion, but not the name of the family that it is named after
+_NOT_CONVERTED = {"qwen2_moe", "qwen3_5_moe_text"}
+"""Families of which PEFT (0.21) converts the keys of single experts, but not the config that goes with them."""
+FUSED_ALONE = {"qwen3_5_moe", "qwen3_vl_moe"}
+"""Families of which PEFT (0.21) converts neither: it reads their experts in the fused form alone."""
 
 Tensors = dict[str, torch.Tensor]
 
 
-def for_experts(config: dict, tensors: Tensors, base: BaseCheckpoint, moe_format: str) -> tuple[dict, Tensors]:
+def for_experts(
+    config: dict, tensors: Tensors, base: BaseCheckpoint, moe_format: str, names: str = "module"
+) -> tuple[dict, Tensors]:
     """A per-expert adapter in the form asked for; without experts in the base, as it is.
 
     Raises:
         ValueError: ``fused`` where some experts of a layer have no adapter.
     """
-    num_experts = Counter(experts_of(name) for name in base.linears if name.endswith(".down_proj"))
+    num_experts = Counter(experts_of(name) for name in base.names(names) if name.endswith(".down_proj"))
     del num_experts[None]
     if not num_experts:
         return config, tensors
     modules = [parsed[0] for parsed in map(parse_key, tensors) if parsed and parsed[1] == "A"]
     adapts_experts = any(map(experts_of, modules))
     if adapts_experts and moe_format == "fused":
-        return _fused(config, tensors, base, num_experts)
+        return _fused(config, tensors, set(base.names(names)), num_experts)
+    family = base.model_type(names)
+    if family in FUSED_ALONE:
+        return config, tensors
     parameters = _mlps_as_parameters(modules)
-    if adapts_experts and base.config.get("model_type") in _NOT_CONVERTED:
-        parameters = [f"mlp.experts.{parameter}" for parameter in STACKED]
-        config = config | _doubled(config)
+    if family in _NOT_CONVERTED:
+        parameters = [f"mlp.experts.{parameter}" for parameter in STACKED] if adapts_experts else []
+        config = config | (_doubled(config) if adapts_experts else {})
     return (config | {"target_parameters": parameters} if parameters else config), tensors
 
 
-def _fused(config: dict, tensors: Tensors, base: BaseCheckpoint, num_experts: Counter) -> tuple[dict, Tensors]:
+def _fused(config: dict, tensors: Tensors, linears: set[str], num_experts: Counter) -> tuple[dict, Tensors]:
     modules = [parsed[0] for parsed in map(parse_key, tensors) if parsed and parsed[1] == "A"]
     pairs = {m: (tensors[key_of(m, "A")], tensors[key_of(m, "B")]) for m in modules}
     stacked, ranks = stack(pairs, num_experts.__getitem__)
@@ -52,7 +60,7 @@ def _fused(config: dict, tensors: Tensors, base: BaseCheckpoint, num_experts: Co
     every = {f"{experts}.{parameter}" for experts in num_experts for parameter in STACKED}
     others = [m for m in modules if m.rpartition(".")[2] not in PARAMETER_OF]
     config = config | {
-        "target_modules": target_list(others, base.linears - {"lm_head"}),
+        "target_modules": target_list(others, linears - {"lm_head"}),
         "target_parameters": sorted([*_mlps_as_parameters(modules), *target_list(adapted, every)]),
     }
     if ranks.get("gate_up_proj", config["r"]) != config["r"]:

@@ -25,6 +25,7 @@ def to_peft(
     dropout: float = 0.0,
     patterns: bool = False,
     moe_format: str = "per-expert",
+    names: str = "module",
 ) -> tuple[dict, dict[str, torch.Tensor]]:
     """``adapter_config.json`` and the tensors of ``adapter_model.safetensors``.
 
@@ -33,6 +34,7 @@ def to_peft(
     ``patterns``: ranks and alphas as they were trained, in PEFT's ``rank_pattern`` and ``alpha_pattern``.
     ``dropout``: that it was trained with, for the config alone.
     ``moe_format``: of routed experts, see ``moe_form``; ``fused`` experts have no patterns of their own.
+    ``names``: how modules are called, one of ``base.spelling.SPELLINGS``.
 
     Raises:
         UsageError: ``hf_checkpoint`` is not a checkpoint directory, or a format that there is not.
@@ -47,13 +49,13 @@ def to_peft(
     projections = [_as_spelled(p, base) for p in projections]
     for p in projections:
         _check_fits(p, base)
-    projections = [replace(p, name=base.module(p.name)) for p in projections]
+    projections = [replace(p, name=base.renamed(p.name, names)) for p in projections]
     ranks = [p.A.shape[0] for p in projections]
     rank = Counter(ranks).most_common(1)[0][0] if patterns else max(ranks)
     scaling = Counter(p.scaling for p in projections).most_common(1)[0][0]
     peft_config = flat_config(
         base_model=_base_name(base),
-        **select((p.name for p in projections), base),
+        **select((p.name for p in projections), base, names),
         rank=rank,
         alpha=_alpha(scaling, rank),
         dropout=dropout,
@@ -67,22 +69,25 @@ def to_peft(
         A, B = (p.A.detach().cpu(), p.B.detach().cpu()) if patterns else _flat(p, rank, scaling)
         tensors[key_of(p.name, "A")] = A
         tensors[key_of(p.name, "B")] = B
-    return for_experts(peft_config, tensors, base, moe_format)
+    return for_experts(peft_config, tensors, base, moe_format, names)
 
 
-def select(adapted: Iterable[str], base: BaseCheckpoint) -> dict[str, Any]:
+def select(adapted: Iterable[str], base: BaseCheckpoint, names: str = "module") -> dict[str, Any]:
     """``target_modules`` that select exactly these of the base's modules; ``exclude_modules`` where it needs them.
 
     A vision tower may have linears of the same leaf names; where none of them is adapted, it is left out as a whole.
+
+    Args:
+        names: what ``adapted`` are spelled in, one of ``base.spelling.SPELLINGS``.
     """
-    language, adapted = base.module(base.layer_prefix), set(adapted)
+    known, language, adapted = base.names(names), base.named(base.layer_prefix, names), set(adapted)
 
     def tower(module: str) -> str:
-        return "" if module.startswith(language) else module.removeprefix("model.").partition(".")[0]
+        return "" if module.startswith(str(language)) else module.removeprefix("model.").partition(".")[0]
 
     kept = {tower(module) for module in adapted} | {""}
-    found: dict[str, Any] = {"target_modules": target_list(adapted, (m for m in base.modules if tower(m) in kept))}
-    if hit := {tower(m) for m in base.modules if tower(m) not in kept and is_target(found, m)}:
+    found: dict[str, Any] = {"target_modules": target_list(adapted, (m for m in known if tower(m) in kept))}
+    if hit := {tower(m) for m in known if tower(m) not in kept and is_target(found, m)}:
         found["exclude_modules"] = rf"(model\.)?({'|'.join(sorted(hit))})\..*"
     return found
 

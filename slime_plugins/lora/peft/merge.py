@@ -26,7 +26,11 @@ class Merged:
 
 
 def merge_adapter(
-    adapter_dir: str | os.PathLike, hf_checkpoint: str | os.PathLike | BaseCheckpoint, out_dir: str | os.PathLike
+    adapter_dir: str | os.PathLike,
+    hf_checkpoint: str | os.PathLike | BaseCheckpoint,
+    out_dir: str | os.PathLike,
+    *,
+    names: str | None = None,
 ) -> Merged:
     """Write a copy of the base with the adapter in it, whole or not at all.
 
@@ -40,6 +44,7 @@ def merge_adapter(
     """
     base = BaseCheckpoint.of(hf_checkpoint)
     source = PeftAdapter(adapter_dir, base)
+    source.refuse_other_names(names)
     validate_adapter(source.config, source.tensors)
     other, compared = source.tensors.other_base(base, full=True)
     if other:

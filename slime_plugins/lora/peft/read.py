@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+from slime_plugins.lora.base.spelling import canonical_layers
 from slime_plugins.lora.names import megatron_name
 from slime_plugins.lora.peft.checks import absent_targets, config_problems, unsupported
 from slime_plugins.lora.peft.config import module_alpha, module_rank, module_scaling, parse_key
@@ -52,6 +53,7 @@ class PeftAdapter:
                     f"{adapter_dir}: {key}: it cannot be imported, no linear that can be adapted has that name"
                 )
             self._keys[module][half] = key
+        self._by_canonical = {self.canonical(module): module for module in self._keys}
 
     @property
     def tensors(self) -> AdapterTensors:
@@ -76,6 +78,20 @@ class PeftAdapter:
         """Factor on B A."""
         return module_scaling(self.config, module)
 
+    def refuse_other_names(self, names: str | None) -> None:
+        """Raise ValueError where a module is not spelled as ``names`` (of ``base.spelling.SPELLINGS``) has it.
+
+        None takes every spelling. Needs the base.
+        """
+        if names is None or self._base is None:
+            return
+        strange = next((module for module in self.modules if module not in self._base.names(names)), None)
+        if strange is not None:
+            raise ValueError(
+                f"{self.directory}: {strange} is no name of --names {names} for {self._base.directory}; leave --names "
+                "out to read every spelling"
+            )
+
     def linears(self) -> dict[str, list[str]]:
         """Megatron linear -> its adapted projections, in the order of the fused rows."""
         parts: dict[str, dict[int, str]] = defaultdict(dict)
@@ -85,8 +101,14 @@ class PeftAdapter:
         return {linear: [found[part] for part in sorted(found)] for linear, found in parts.items()}
 
     def canonical(self, module: str) -> str:
-        """Its name in the words of this package, as far as the base is known."""
-        return self._base.canonical(module) if self._base else module
+        """Its name in the words of this package; without the base, by what names of layers begin with."""
+        if self._base is not None:
+            return self._base.canonical(module)
+        return canonical_layers(module).replace(".shared_expert.", ".shared_experts.")
+
+    def find(self, name: str) -> str | None:
+        """The file's name of a linear, by its canonical one; None where the file has none."""
+        return self._by_canonical.get(name)
 
     def _megatron_name(self, module: str) -> tuple[str, int]:
         return megatron_name(self.canonical(module), mla=self._base is not None and self._base.mla)
@@ -179,7 +201,7 @@ def _targets(source: PeftAdapter) -> tuple[str, ...]:
     if any(f".{a}".endswith(f".{b}") or f".{b}".endswith(f".{a}") for a in targets for b in excluded):
         return tuple(map(source.canonical, source.modules))
     idle = absent_targets(config, source.modules)
-    return tuple(name for name in targets if name not in idle)
+    return tuple(source.canonical(name) for name in targets if name not in idle)
 
 
 def _all_experts(targets: tuple[str, ...]) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from slime_plugins.lora.peft.checks import (
 from slime_plugins.lora.peft.config import is_target, key_of, module_scaling, parse_key
 from slime_plugins.lora.peft.directory import AdapterTensors, open_tensors, read_config
 from slime_plugins.lora.peft.experts_form import per_expert
+from slime_plugins.lora.peft.loaders import Adapted, describe, left_out, misnamed, warnings
 
 
 @dataclass(kw_only=True)
@@ -63,6 +64,10 @@ class Report:
     """Tensors whose checksum agreed; None where the file carries none."""
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
+    names: str | None = None
+    """How its modules are spelled, one of ``base.spelling.SPELLINGS``; known with a base."""
+    loaders: dict[str, str] = field(default_factory=dict)
+    """Who takes the file, and what of it is left out without an error; known with a base."""
     base_quant: dict[str, Any] | None = None
     """What the base was stored as while it was trained (``BaseQuant``); None: dense, or not noted."""
 
@@ -78,12 +83,17 @@ class Report:
 
 
 def verify_adapter(
-    adapter_dir: str | os.PathLike, hf_checkpoint: str | os.PathLike | None = None, *, full: bool = False
+    adapter_dir: str | os.PathLike,
+    hf_checkpoint: str | os.PathLike | None = None,
+    *,
+    full: bool = False,
+    names: str | None = None,
 ) -> Report:
     """Look at every tensor of a PEFT adapter directory, one at a time, and list all that is wrong.
 
     With ``hf_checkpoint`` also against the base: its modules and shapes, and the first 4 KiB of each of its tensors,
     or with ``full`` every byte, where the adapter notes what they were (``Report.base_compared`` says what it was).
+    ``names``: the spelling that was asked for; None wants what PEFT acts on, and reads every one.
 
     Raises:
         UsageError: a directory is not there, or ``hf_checkpoint`` is not a Hugging Face checkpoint.
@@ -111,6 +121,7 @@ def verify_adapter(
         return report
     report.base_quant = None if quant is None else quant.to_dict()
     report.problems += [Problem(kind="config", message=line) for line in tensors.config_changes(config)]
+    written = tensors
     try:
         config, tensors = per_expert(config, tensors)
     except (KeyError, ValueError) as error:
@@ -138,7 +149,16 @@ def verify_adapter(
     else:
         other, report.base_compared = tensors.other_base(base, full=full)
         report.problems += [Problem(kind="base", message=other)] if other else []
+        modules = {module for module, _ in shapes}
+        report.names = base.spelling_of(modules) if names is None else names
+        adapted = Adapted(base, report.names, fused=tensors is not written)
+        if names is None:
+            report.problems += _name_problems(adapted, modules)
         report.problems += _base_problems(config, shapes, base, report)
+        if modules & base.names(report.names).keys():
+            left = left_out(adapted, modules)
+            report.loaders = {loader: describe(reasons, len(modules)) for loader, reasons in left.items()}
+            report.warnings += [Problem(kind="loader", message=line) for line in warnings(left, len(modules))]
     report.warnings += [
         Problem(kind="server", message=message) for message in _server_warnings(config, {m for m, _ in shapes})
     ]
@@ -245,6 +265,27 @@ def _uneven_layers(modules: Iterable[str]) -> Iterable[str]:
             )
 
 
+_SPELLED = {
+    "module": "as in the model",
+    "checkpoint": "as in the files of {}",
+    "text": "as in the language model alone of {}",
+}
+
+
+def _name_problems(adapted: Adapted, modules: Iterable[str]) -> Iterable[Problem]:
+    """Names under which PEFT loads nothing."""
+    base, moved = adapted.base, misnamed(adapted, modules)
+    if moved:
+        called = base.module(base.names(adapted.spelling)[moved[0]])
+        yield Problem(
+            kind="names",
+            tensor=key_of(moved[0], "A"),
+            message=f"{len(moved)} modules are named {_SPELLED[adapted.spelling].format(base.directory)} ({moved[0]}), "
+            f"but a loaded {base.model_type()} calls them {called}: PEFT would load the adapter without an error and "
+            f"change nothing; export it again, or rename its keys (meant so: --names {adapted.spelling})",
+        )
+
+
 def _base_problems(
     config: Mapping[str, Any],
     shapes: Mapping[tuple[str, str], tuple[int, ...]],
@@ -252,21 +293,14 @@ def _base_problems(
     report: Report,
 ) -> Iterable[Problem]:
     """Modules and shapes of the adapter that are not the base's, and modules of the base that the adapter lacks."""
-    if stored := sorted({module for module, _ in shapes if module in base.linears and module not in base.modules}):
-        yield Problem(
-            kind="names",
-            tensor=key_of(stored[0], "A"),
-            message=f"{len(stored)} modules are named as in the files of {base.directory} ({stored[0]}), but a loaded "
-            f"{base.config.get('model_type')} calls them {base.module(stored[0])}: PEFT would load the adapter "
-            "without an error and change nothing; export it again, or rename its keys",
-        )
-        shapes = {(base.module(module), half): shape for (module, half), shape in shapes.items()}
+    assert report.names is not None
+    known = base.names(report.names)
     modules = {module for module, _ in shapes}
-    expected = {module for module in base.modules if is_target(config, module)}
+    expected = {module for module in known if is_target(config, module)}
     if config.get("target_modules") == "all-linear":
         expected.discard("lm_head")  # PEFT leaves the output layer out
     report.expected_modules = len(expected)
-    unknown = sorted(modules - base.modules.keys())
+    unknown = sorted(modules - known.keys())
     if unknown and len(unknown) == len(modules):
         message = f"the adapter is for another base: none of its {len(modules)} modules is in {base.directory}"
         yield Problem(kind="base", message=f"{message} (first: {unknown[0]})")
@@ -279,7 +313,7 @@ def _base_problems(
         message = f"{module} is selected by target_modules and in the base, but {key_of(module, 'A')} is missing"
         yield Problem(kind="missing", tensor=key_of(module, "A"), message=message)
     for (module, half), shape in shapes.items():
-        linear = base.linear_shape(base.modules.get(module, module))
+        linear = base.linear_shape(known.get(module, module))
         if linear is None or len(shape) != 2 or 0 in shape:
             continue
         width, expected_width = (shape[1], linear[1]) if half == "A" else (shape[0], linear[0])

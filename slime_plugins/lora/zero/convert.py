@@ -63,6 +63,7 @@ def convert_zero(
     base_model: str | None = None,
     dtype: torch.dtype | None = None,
     extra: str | os.PathLike | None = None,
+    names: str = "module",
 ) -> Conversion:
     """Write the adapter in a ZeRO-1/2/3 checkpoint as a PEFT directory, verified before it takes its place.
 
@@ -75,6 +76,7 @@ def convert_zero(
         base_model: for ``base_model_name_or_path``; with a local directory the adapter is also checked against it.
         dtype: of the written tensors; None keeps what was trained, the fp32 masters.
         extra: file (``.safetensors``) or directory for what was trained beside the adapter.
+        names: how modules are called, one of ``base.spelling.SPELLINGS``; the run's own names without a local base.
     Raises:
         UsageError: no such checkpoint, tag or adapter; no config and no alpha.
         ValueError: the checkpoint is incomplete, damaged, or holds no adapter that PEFT could load.
@@ -82,17 +84,19 @@ def convert_zero(
     checkpoint = ZeroCheckpoint(checkpoint_dir, tag)
     lora, others = _find_adapter(checkpoint, adapter)
     base = _local_base(base_model)
+    if base is None and names != "module":
+        raise UsageError(f"--names {names} is a spelling of the base's: give its directory with --base-model")
     # A run under an older transformers had the names of the base's files.
-    renamed = {(base.module(module) if base else module, half): name for (module, half), name in lora.items()}
+    renamed = {(base.renamed(module, names) if base else module, half): name for (module, half), name in lora.items()}
     tensors = _Adapter(checkpoint, renamed, dtype)
-    config, config_from = _config(Path(checkpoint_dir), checkpoint, tensors, adapter, alpha, base_model)
+    config, config_from = _config(Path(checkpoint_dir), checkpoint, tensors, adapter, alpha, base_model, names)
     if base and renamed != lora:
         config |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-        config |= select((module for module, _ in renamed), base)
+        config |= select((module for module, _ in renamed), base, names)
     reports: list[Report] = []
 
     def judge(written: Path) -> None:
-        report = verify_adapter(written, base.directory if base else None)
+        report = verify_adapter(written, base.directory if base else None, names=names if base else None)
         if not report.ok:
             more = f" (and {len(report.problems) - 1} more)" if len(report.problems) > 1 else ""
             raise ValueError(f"not written, the result is not a good adapter: {report.problems[0].message}{more}")
@@ -173,6 +177,7 @@ def _config(
     adapter: str | None,
     alpha: float | None,
     base_model: str | None,
+    names: str,
 ) -> tuple[dict[str, Any], str]:
     """The adapter config that was saved with the checkpoint, else one that the tensors and ``alpha`` allow."""
     places = (checkpoint_dir, checkpoint.directory, checkpoint.directory.parent)
@@ -196,7 +201,7 @@ def _config(
     rank = Counter(ranks.values()).most_common(1)[0][0]
     config = flat_config(
         base_model=base_model,
-        target_modules=target_list(ranks, _base_linears(checkpoint, base_model, ranks)),
+        target_modules=target_list(ranks, _base_linears(checkpoint, base_model, ranks, names)),
         rank=rank,
         alpha=alpha,
     )
@@ -216,10 +221,10 @@ def _local_base(base_model: str | None) -> BaseCheckpoint | None:
     return None
 
 
-def _base_linears(checkpoint: ZeroCheckpoint, base_model: str | None, adapted: Iterable[str]) -> set[str]:
+def _base_linears(checkpoint: ZeroCheckpoint, base_model: str | None, adapted: Iterable[str], names: str) -> set[str]:
     """Names of the base's modules as far as they are known: from the base, the checkpoint, or other layers."""
     if base := _local_base(base_model):
-        return set(base.modules)
+        return set(base.names(names))
     known = {match["module"] for name in checkpoint.names if (match := _BASE_WEIGHT.fullmatch(name))}
     known = {module for module in known if ".lora_" not in module}
     if known - set(adapted):
