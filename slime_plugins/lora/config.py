@@ -157,7 +157,7 @@ def _names(values: list[str] | str) -> tuple[str, ...]:
 def _of_ranges(words: Iterable[str]) -> tuple[int, ...]:
     """``["5", "63-70"]`` -> ids; separated by commas too. Raises UsageError naming the word that is none."""
     found: list[int] = []
-    for word in (part for word in words for part in word.split(",") if part):
+    for word in filter(None, ",".join(words).split(",")):
         first, dash, last = word.partition("-")
         if not (first.isdecimal() and (last.isdecimal() or not dash)) or int(last or first) < int(first):
             raise UsageError(f"--trainable-token-indices {word}: expected an id, or a range such as 151665-152432")

@@ -14,7 +14,16 @@ from harness import Layout, WorkerError
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import get_model_config
 
-from slime_plugins.lora import LoRAConfig, adapters_disabled, load_adapter, merged, save_adapter, summing_stages
+from slime_plugins.lora import (
+    LoRAConfig,
+    adapters_disabled,
+    export_peft,
+    import_peft,
+    load_adapter,
+    merged,
+    save_adapter,
+    summing_stages,
+)
 from slime_plugins.lora.adapters import base_parameters, iter_token_rows
 from slime_plugins.lora.rehearsal.tiny import make_tiny
 
@@ -182,23 +191,60 @@ def test_other_rows_than_the_checkpoint_has(pool1, bases, tmp_path):
     assert "6 vocabulary rows trained in the checkpoint, 5 here (token 5 in one alone)" in str(caught.value)
 
 
+def give_and_take(layout: Layout, base, config, out):
+    """Export, import into a model of its own; logits of both."""
+    chunks = adapted.adapted_chunks(base, config, sp=layout.sp)
+    if config.target_modules:
+        adapted.set_adapters(chunks, "split", 4)
+    draw_rows(chunks)
+    export_peft(chunks, out, hf_checkpoint=base)
+    other = adapted.adapted_chunks(base, LoRAConfig.from_peft(out), sp=layout.sp)
+    import_peft(other, out)
+    with torch.no_grad():
+        return [whole_logits(model) for model in (chunks, other)]
+
+
+@torch.no_grad()
+def draw_rows(chunks):
+    for carrier in iter_token_rows(chunks):
+        if carrier.lora_table:
+            carrier.lora_rows.copy_(reference.draw(carrier.lora_name, *carrier.lora_rows.shape))
+
+
+def whole_logits(chunks):
+    tokens = reference.batch(128)
+    return adapted.gather_logits(adapted.run_schedule(chunks, tokens, forward_only=True, collect_logits=True), 128)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("config", [LORA, ALONE], ids=["beside-lora", "alone"])
+def test_peft_reads_what_is_exported(pool2, bases, tied, config, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    results = pool2.run(give_and_take, bases[tied], config, tmp_path / "adapter", tp=2)
+    model = AutoModelForCausalLM.from_pretrained(bases[tied], dtype=torch.float32, attn_implementation="eager")
+    tokens = reference.batch(128)[:, :-1]
+    with torch.no_grad():
+        before = model(tokens).logits
+        model = PeftModel.from_pretrained(model, tmp_path / "adapter")
+        expected = model(tokens).logits
+    assert (expected - before).abs().max() > 0.1
+    for mine, imported in results:
+        assert adapted.relative(mine - expected, expected) < 1e-5
+        assert adapted.relative(imported - expected, expected) < 1e-5
+
+
 def logits_of(layout: Layout, base, tied):
     chunks = adapted.adapted_chunks(base, ALONE, sp=layout.sp)
-    tokens = reference.batch(128)
-
-    def run():
-        return adapted.gather_logits(adapted.run_schedule(chunks, tokens, forward_only=True, collect_logits=True), 128)
-
     with torch.no_grad():
-        before = run()
-        for carrier in iter_token_rows(chunks):
-            if carrier.lora_table:
-                carrier.lora_rows.copy_(reference.draw(carrier.lora_name, *carrier.lora_rows.shape))
-        on = run()
+        before = whole_logits(chunks)
+        draw_rows(chunks)
+        on = whole_logits(chunks)
         with merged(chunks):
-            as_merged = run()
+            as_merged = whole_logits(chunks)
         with adapters_disabled(chunks):
-            off = run()
+            off = whole_logits(chunks)
     return before, on, as_merged, off
 
 

@@ -164,7 +164,9 @@ def transformer_config(hf: dict, **overrides):
         num_moe_experts=None if dense else EXPERTS,
         moe_router_topk=TOPK,
         moe_ffn_hidden_size=None if dense else EXPERT_FFN,
-        moe_layer_freq=[int(not dense and i >= hf.get("first_k_dense_replace", 0)) for i in range(hf["num_hidden_layers"])],
+        moe_layer_freq=[
+            int(not dense and i >= hf.get("first_k_dense_replace", 0)) for i in range(hf["num_hidden_layers"])
+        ],
         moe_router_load_balancing_type="none",
         moe_router_dtype="fp32",
         moe_token_dispatcher_type="alltoall",

@@ -9,16 +9,21 @@ from pathlib import Path
 
 import torch
 
-from slime_plugins.lora.adapters import config_of, iter_adapters, refuse_trained_base
+from slime_plugins.lora.adapters import config_of, iter_adapters, iter_token_rows, refuse_trained_base
+from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.checkpoint.model import other_base
 from slime_plugins.lora.layers import LoRALinear
 from slime_plugins.lora.names import in_experts
 from slime_plugins.lora.parallel import everywhere, expert_group, gather_on_first, pipeline_group, rank
 from slime_plugins.lora.peft.directory import write_adapter
 from slime_plugins.lora.peft.form import to_peft
+from slime_plugins.lora.peft.rows import EMBEDDING, HEAD, VocabularyRows, with_rows
 from slime_plugins.lora.projections import Projection
 from slime_plugins.lora.quant.dequantize import is_dequantised
 from slime_plugins.lora.quantize import base_quant_of
+
+LEAVES = {"embedding.word_embeddings": EMBEDDING, "output_layer": HEAD}
+"""Megatron's names of the matrices over the vocabulary -> Hugging Face's."""
 
 
 def export_peft(
@@ -44,12 +49,17 @@ def export_peft(
     different = other_base(model, hf_checkpoint)
     if different:
         raise ValueError(f"{hf_checkpoint} is not the base of this model: {'; '.join(different)}")
-    projections = gather_projections(model)
+    projections, rows = gather_projections(model), gather_rows(model)
 
     def write() -> None:
         refuse_trained_base(model)
         if projections is not None and rank() == 0:
-            adapter = to_peft(projections, hf_checkpoint, dropout=config_of(model).dropout, moe_format=moe_format)
+            base = BaseCheckpoint(hf_checkpoint)
+            adapter = None
+            if projections or not rows:
+                adapter = to_peft(projections, base, dropout=config_of(model).dropout, moe_format=moe_format)
+            adapter = with_rows(adapter, rows, base) if rows else adapter
+            assert adapter is not None
             quant = None if is_dequantised(hf_checkpoint) else base_quant_of(model)
             write_adapter(out_dir, *adapter, base=hf_checkpoint, base_quant=quant)
 
@@ -66,6 +76,17 @@ def gather_projections(model) -> list[Projection] | None:
         local = [p for p in local if not in_experts(p.name)] + experts
     found = gather_on_first(local, pipeline_group())
     return None if found is None else sorted(found, key=lambda p: int(p.name.split(".")[2]))
+
+
+def gather_rows(model) -> list[VocabularyRows]:
+    """The trained rows of the vocabulary on rank 0, tied ones once; other ranks get some of them, or none."""
+    ids = config_of(model).trainable_token_indices
+    local = [
+        VocabularyRows(LEAVES[rows.lora_name], ids, rows.lora_rows.detach().cpu())
+        for rows in iter_token_rows(model)
+        if rows.lora_table and not rows.lora_copy
+    ]
+    return gather_on_first(local, pipeline_group()) or []
 
 
 def _whole(linear: LoRALinear) -> Iterator[Projection]:

@@ -16,13 +16,16 @@ from itertools import accumulate
 
 import torch
 
-from slime_plugins.lora.adapters import config_of, iter_adapters
+from slime_plugins.lora.adapters import config_of, iter_adapters, iter_token_rows
+from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.checkpoint.model import other_base
+from slime_plugins.lora.ends.export import LEAVES
 from slime_plugins.lora.layers import AdapterSpec, LoRALinear
 from slime_plugins.lora.layers.pieces import Piece, Placement
 from slime_plugins.lora.parallel import all_gather, everywhere, on_rank_0
 from slime_plugins.lora.peft.directory import validate_adapter
 from slime_plugins.lora.peft.read import PeftAdapter, distinct_A, equal
+from slime_plugins.lora.peft.rows import ids_of
 from slime_plugins.lora.projections import piece_key
 
 
@@ -63,15 +66,40 @@ def import_peft(model, adapter_dir: str | os.PathLike, *, optimizer=None) -> Imp
     on_rank_0(lambda: _compare(source, here))
     fits = {spec.name: fit for spec, fit in zip(specs, everywhere(lambda: [_fit(spec, source) for spec in specs]))}
     everywhere(lambda: _check_shapes(linears, fits))
+    rows = everywhere(lambda: _rows(model, source))
     with torch.no_grad():
         for parameter, place, piece in _all_pieces(linears):
             piece.put(parameter, place.part_of(piece, fits[piece.linear].tensors[piece.key]))
+        for parameter, delta in rows:
+            parameter.copy_(delta)
     if optimizer is not None:
         optimizer.reload_model_params()
     notes = all_gather([(fit.rescaled, fit.stacked) for fit in fits.values()])
     rescaled = sorted({name for rank in notes for names, _ in rank for name in names})
     stacked = sorted({name for rank in notes for _, name in rank if name})
     return ImportedAdapter(projections=len(here), rescaled=tuple(rescaled), stacked=tuple(stacked))
+
+
+def _rows(model, source: PeftAdapter) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """This rank's trained rows of the vocabulary and their new values. Raises ValueError if file and model differ."""
+    here = config_of(model).trainable_token_indices
+    ids = next(iter(ids_of(source.config).values()), ())
+    if tuple(sorted(ids)) != here:
+        raise ValueError(
+            f"{source.directory} has {len(ids)} trained vocabulary rows, this model {len(here)}, or others: give its "
+            "ids with --trainable-token-indices"
+        )
+    carriers = [carrier for carrier in iter_token_rows(model) if carrier.lora_table]
+    if not carriers:
+        return []
+    named = source.config.get("base_model_name_or_path")
+    if not isinstance(named, str) or not os.path.isdir(named):
+        raise ValueError(
+            f"{source.directory}: trained rows are values of its base, {named!r}, which is not here: their change of "
+            "it is not known; set base_model_name_or_path to where it is"
+        )
+    found = {rows.leaf: rows.delta for rows in source.rows(BaseCheckpoint(named))}
+    return [(carrier.lora_rows, found[LEAVES[carrier.lora_name]].to(carrier.lora_rows)) for carrier in carriers]
 
 
 def _refuse_other_base(model, source: PeftAdapter) -> None:

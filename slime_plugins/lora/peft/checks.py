@@ -12,6 +12,7 @@ import torch
 
 from slime_plugins.lora.peft.config import ADAPTER_NAME, is_target, key_of, module_rank, parse_key
 from slime_plugins.lora.peft.patterns import pattern
+from slime_plugins.lora.peft.rows import ALONE, EMBEDDING, ids_of, row_key
 
 ZERO3_HINT = (
     "this is what save_pretrained leaves under DeepSpeed ZeRO-3 when the shards are not gathered: the weights are "
@@ -27,7 +28,6 @@ UNSUPPORTED = {
     "use_dora": "DoRA scales every row of the weight too",
     "lora_bias": "lora_B has a bias too",
     "target_parameters": "parameters that are no linear are adapted too",
-    "trainable_token_indices": "rows of the embedding were trained too",
     "layer_replication": "layers of the base were replicated",
     "alora_invocation_tokens": "activated LoRA switches on in the middle of a sequence",
     "use_qalora": "QALoRA pools the inputs of lora_A",
@@ -64,6 +64,12 @@ def config_problems(config: Mapping[str, Any]) -> list[Problem]:
         message = f"adapter_config.json: {field} is {value}, expected {expected}"
         problems.append(Problem(kind="config", message=message))
 
+    try:
+        ids_of(config)
+    except ValueError as error:
+        problems.append(Problem(kind="config", message=str(error)))
+    if config.get("peft_type") == ALONE:
+        return problems
     if config.get("peft_type") != "LORA":
         wrong("peft_type", "'LORA'")
     rank, alpha = config.get("r"), config.get("lora_alpha")
@@ -119,10 +125,10 @@ def tensor_problems(config: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
     for key in tensors:
         parsed = parse_key(key)
         tensor = tensors[key]
-        if parsed is None and not _module_to_save(config, key):
+        if parsed is None and row_key(key) is None and not _module_to_save(config, key):
             problems.append(_problem("unknown_key", key, "is not a lora_A or lora_B of a linear layer"))
             continue
-        problems += _value_problems(key, tensor, matrix=parsed is not None)
+        problems += _value_problems(key, tensor, matrix=parsed is not None or row_key(key) is not None)
         if parsed in shapes:
             problems.append(_problem("unknown_key", key, "is there twice, with and without an adapter name"))
         if parsed is not None:
@@ -133,6 +139,7 @@ def tensor_problems(config: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
     if named:
         message = f"has an adapter's name in it, as {len(named)} keys have: vLLM refuses such a file"
         problems.append(_problem("key_name", named[0], f"{message}; drop '{ADAPTER_NAME}' from the keys"))
+    problems += _row_problems(config, tensors)
     problems += _pair_problems(config, shapes)
     problems += _target_problems(config, {module for module, _ in shapes})
     if len(dtypes) > 1:
@@ -179,6 +186,21 @@ def _pair_problems(config: Mapping[str, Any], shapes: Mapping[tuple[str, str], t
         if rank != expected:
             message = f"has shape {list(shape)}, rank {rank}, where adapter_config.json says rank {expected}"
             yield _problem("rank", key, message)
+
+
+def _row_problems(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Iterable[Problem]:
+    """Rows of the vocabulary that the config says are trained, and those that are there."""
+    ids = ids_of(config)
+    found = {module.rpartition(".")[2]: key for key in tensors if (module := row_key(key))}
+    for leaf in ids.keys() - found.keys():
+        message = f"adapter_config.json: rows of {leaf} are trained, and the adapter holds none"
+        yield Problem(kind="missing", message=message)
+    for leaf, key in found.items():
+        wanted = ids.get(leaf) or (ids.get(EMBEDDING) if config.get("peft_type") == ALONE else None)
+        if wanted is None:
+            yield _problem("unknown_key", key, "holds rows that adapter_config.json does not name")
+        elif tensors[key].shape[0] != len(wanted):
+            yield _problem("shape", key, f"holds {tensors[key].shape[0]} rows of {len(wanted)} tokens")
 
 
 def _target_problems(config: Mapping[str, Any], modules: set[str]) -> Iterable[Problem]:

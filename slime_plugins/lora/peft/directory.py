@@ -27,6 +27,7 @@ from slime_plugins.lora.files.torch_file import TorchFile
 from slime_plugins.lora.peft.checks import absent_targets, config_problems, tensor_problems
 from slime_plugins.lora.peft.config import parse_key
 from slime_plugins.lora.peft.experts_form import per_expert
+from slime_plugins.lora.peft.rows import ALONE
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
@@ -41,6 +42,7 @@ _BASE_QUANT = "slime_lora.base_quant"  # metadata: JSON, what the base was store
 _MEANING = (
     "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
     "alpha_pattern", "use_rslora", "use_dora", "bias", "fan_in_fan_out", "modules_to_save", "target_parameters",
+    "trainable_token_indices", "token_indices",
 )  # fmt: skip
 
 
@@ -225,7 +227,11 @@ def write_adapter(
             something that is not an adapter.
     """
     validate_adapter(config, tensors)
-    absent = absent_targets(config, [parsed[0] for parsed in map(parse_key, tensors) if parsed])
+    absent = (
+        []
+        if config.get("peft_type") == ALONE
+        else absent_targets(config, [parsed[0] for parsed in map(parse_key, tensors) if parsed])
+    )
     if absent:
         raise ValueError(f"target_modules names {absent[0]!r}, but the adapter holds no tensor for it")
     out = Path(out_dir)

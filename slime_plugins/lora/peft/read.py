@@ -18,6 +18,7 @@ from slime_plugins.lora.peft.checks import absent_targets, config_problems, unsu
 from slime_plugins.lora.peft.config import module_alpha, module_rank, module_scaling, parse_key
 from slime_plugins.lora.peft.directory import AdapterTensors, read_adapter, validate_adapter
 from slime_plugins.lora.peft.experts_form import per_expert
+from slime_plugins.lora.peft.rows import ALONE, VocabularyRows, ids_of, row_key, rows_in
 
 
 class PeftAdapter:
@@ -47,6 +48,8 @@ class PeftAdapter:
             raise ValueError(f"{adapter_dir}: it cannot be imported: modules_to_save holds whole modules ({names})")
         self._keys: dict[str, dict[str, str]] = defaultdict(dict)
         for key in self._tensors:
+            if row_key(key) is not None:
+                continue
             module, half = parse_key(key) or (None, None)
             if module is None or half is None or not self._is_known(module):
                 raise ValueError(
@@ -77,6 +80,10 @@ class PeftAdapter:
     def scaling(self, module: str) -> float:
         """Factor on B A."""
         return module_scaling(self.config, module)
+
+    def rows(self, base: BaseCheckpoint) -> list[VocabularyRows]:
+        """Trained rows of the vocabulary, as changes of the base's. Raises ValueError as ``rows_in`` does."""
+        return rows_in(self.config, self._tensors, base)
 
     def refuse_other_names(self, names: str | None) -> None:
         """Raise ValueError where a module is not spelled as ``names`` (of ``base.spelling.SPELLINGS``) has it.
@@ -133,6 +140,12 @@ def config_options(adapter: str | os.PathLike | PeftAdapter, layout: str | None 
     """
     source = adapter if isinstance(adapter, PeftAdapter) else PeftAdapter(adapter)
     validate_adapter(source.config, source.tensors)
+    ids = set(ids_of(source.config).values())
+    if len(ids) > 1:
+        raise ValueError(f"{source.directory}: other rows of lm_head are trained than of embed_tokens")
+    rows = tuple(sorted(ids.pop())) if ids else ()
+    if source.config.get("peft_type") == ALONE:
+        return {"target_modules": (), "trainable_token_indices": rows}
     linears = source.linears()
     dtypes, A_ranks = set(), {}
     for linear, modules in linears.items():
@@ -171,6 +184,7 @@ def config_options(adapter: str | os.PathLike | PeftAdapter, layout: str | None 
         dtype=str(dtype).removeprefix("torch."),
         rank_pattern=_pattern(ranks, rank),
         alpha_pattern=_pattern(alphas, alpha),
+        trainable_token_indices=rows,
         **options,
     )
 
