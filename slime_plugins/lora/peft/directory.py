@@ -227,11 +227,8 @@ def write_adapter(
             something that is not an adapter.
     """
     validate_adapter(config, tensors)
-    absent = (
-        []
-        if config.get("peft_type") == ALONE
-        else absent_targets(config, [parsed[0] for parsed in map(parse_key, tensors) if parsed])
-    )
+    modules = [parsed[0] for parsed in map(parse_key, tensors) if parsed]
+    absent = [] if config.get("peft_type") == ALONE else absent_targets(config, modules)
     if absent:
         raise ValueError(f"target_modules names {absent[0]!r}, but the adapter holds no tensor for it")
     out = Path(out_dir)

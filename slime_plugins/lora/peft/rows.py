@@ -1,7 +1,7 @@
 """Trained vocabulary rows in a PEFT adapter: ``trainable_token_indices`` of LoRA, or ``TRAINABLE_TOKENS`` alone. Pure.
 
-PEFT holds the rows' new values, W[ids] + D; here a row is the change D of it (``layers.forms.tokens``). Keys, with PEFT
-0.21, of a module ``model.embed_tokens`` or ``lm_head``:
+PEFT holds the rows' new values, W[ids] + D; here a row is the change D of it (``layers.forms.tokens``). Keys, with
+PEFT 0.21, of a module ``model.embed_tokens`` or ``lm_head``:
 
     beside lora_A and lora_B    base_model.model.<module>.token_adapter.trainable_tokens_delta    [N, H]
     alone                       base_model.model.<module>.trainable_tokens_delta                  [N, H]
@@ -25,6 +25,8 @@ from slime_plugins.lora.peft.config import PREFIX
 ALONE = "TRAINABLE_TOKENS"
 """``peft_type`` of an adapter that is nothing else."""
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
+Adapter = tuple[dict[str, Any], dict[str, torch.Tensor]]
+"""Config and tensors."""
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta")
 
 
@@ -66,10 +68,10 @@ def matrix_of(base: BaseCheckpoint, leaf: str) -> str:
 
 
 def with_rows(
-    adapter: tuple[dict[str, Any], dict[str, torch.Tensor]] | None,
+    adapter: Adapter | None,
     rows: Sequence[VocabularyRows],
     base: BaseCheckpoint,
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+) -> Adapter:
     """An adapter's config and tensors with the rows in them; None: of the rows alone."""
     ids = list(rows[0].ids)
     modules = {one.leaf: _module(base, one.leaf) for one in rows}

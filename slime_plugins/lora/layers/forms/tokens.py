@@ -52,6 +52,7 @@ class TokenRows(Carrier):
 
     lora_name: str
     lora_base: FrozenLinear
+    lora_rows: torch.nn.Parameter
     lora_slots: torch.Tensor
     lora_here: torch.Tensor
     lora_columns: torch.Tensor
