@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.utils import get_model_config
 
 from slime_plugins.lora.adapters import iter_token_rows
 from slime_plugins.lora.errors import UsageError
@@ -93,6 +94,15 @@ def add_token_rows(vocabulary: Vocabulary, ids: Sequence[int], dtype: torch.dtyp
         for parameter in carrier.lora_parameters().values():
             parameter.shared_embedding = several and vocabulary.tied  # type: ignore[attr-defined]
     return found
+
+
+def sum_over_stages(model: Any) -> None:
+    """Let a model's own ``finalize_model_grads_func`` sum tied rows, where there are any."""
+    for chunk in chunks_of(model):
+        config: Any = get_model_config(chunk)
+        parameters = (p for rows in iter_token_rows(chunk) for p in rows.lora_parameters().values())
+        if any(getattr(parameter, "shared_embedding", False) for parameter in parameters):
+            config.finalize_model_grads_func = summing_stages(config.finalize_model_grads_func)
 
 
 def _frozen(matrix: torch.nn.Module) -> FrozenLinear:

@@ -49,7 +49,7 @@ class RankTrainer:
         from megatron.core.distributed import finalize_model_grads as finalize
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-        from slime_plugins.lora import apply_lora, quantize_base
+        from slime_plugins.lora import apply_lora, quantize_base, summing_stages
         from slime_plugins.lora.base.decoder import HFBase
         from slime_plugins.lora.rehearsal.model import build_chunks
 
@@ -93,7 +93,7 @@ class RankTrainer:
             ),
             self.model,
         )
-        self.config.finalize_model_grads_func = finalize
+        self.config.finalize_model_grads_func = summing_stages(finalize)
         self.config.grad_scale_func = self.optimizer.scale_loss
 
     def describe(self) -> dict:

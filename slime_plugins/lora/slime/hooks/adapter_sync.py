@@ -79,6 +79,8 @@ class AdapterUpdater:
             RuntimeError: an engine did not take it, on every rank.
         """
         self.weight_version += 1
+        if config_of(self.model).trainable_token_indices:
+            raise RuntimeError("trained vocabulary rows cannot be sent as an adapter; use --lora-sync merged")
         with contextlib.ExitStack() as values:
             for linear in iter_adapters(self.model):
                 values.enter_context(self._policies.adapter_values(linear))

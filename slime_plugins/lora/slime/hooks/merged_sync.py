@@ -17,8 +17,8 @@ from typing import Protocol
 
 import torch
 
-from slime_plugins.lora.adapters import has_adapters, iter_adapters, state_of
-from slime_plugins.lora.layers import Carrier, LoRALinear
+from slime_plugins.lora.adapters import has_adapters, iter_merging, state_of
+from slime_plugins.lora.layers import Carrier, LoRALinear, TokenRows
 from slime_plugins.lora.names import is_adapter
 from slime_plugins.lora.projections import Rounding
 from slime_plugins.lora.quant.packed import PackedWeight, dense_of, noted
@@ -32,7 +32,7 @@ class Values(Protocol):
     def forget_values(self) -> None: ...
 
 
-Adapted = dict[int, tuple[LoRALinear, int]]
+Adapted = dict[int, tuple[LoRALinear | TokenRows, int]]
 """``id`` of an adapted base parameter -> its linear, and its index in ``FrozenLinear.parameters``."""
 
 
@@ -40,7 +40,7 @@ def adapted_parameters(model) -> Adapted:
     """Every adapted base parameter of a model."""
     return {
         id(parameter): (linear, index)
-        for linear in iter_adapters(model)
+        for linear in iter_merging(model)
         for index, parameter in enumerate(linear.lora_base.parameters)
     }
 
@@ -209,7 +209,9 @@ class MergedWeights(Mapping):
 
 
 @torch.no_grad()
-def merge(linear: LoRALinear, index: int, base: torch.Tensor, values: Values | None = None) -> torch.Tensor:
+def merge(
+    linear: LoRALinear | TokenRows, index: int, base: torch.Tensor, values: Values | None = None
+) -> torch.Tensor:
     """W + scaling B A of this rank's shard: added in float32, rounded once, in new memory on the current device.
 
     Args:

@@ -18,10 +18,11 @@ import logging
 import torch
 import torch.distributed as dist
 
-from slime_plugins.lora.adapters import has_adapters, iter_adapters, state_of
+from slime_plugins.lora.adapters import config_of, has_adapters, iter_adapters, iter_token_rows, state_of
 from slime_plugins.lora.layers import LoRALinear
 from slime_plugins.lora.quantize import base_quant_of
 from slime_plugins.lora.slime.hooks import gkd
+from slime_plugins.lora.tokens import sum_over_stages
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,10 @@ def measuring(train_one_step):
 
     @functools.wraps(train_one_step)
     def hooked(*args, **kwargs):
-        losses, *rest = train_one_step(*args, **kwargs)
         model = signature.bind(*args, **kwargs).arguments["model"]
+        if has_adapters(model):
+            sum_over_stages(model)
+        losses, *rest = train_one_step(*args, **kwargs)
         if has_adapters(model):
             gkd.after_step(model)
             measured = measure(model)
@@ -108,9 +111,23 @@ def measure(model) -> dict[str, float]:
     measured = {"update_norm": update**0.5, "update_ratio": ratios / max(count, 1), "dead": dead}
     if size:
         measured.update(sync_bytes=size, sync_seconds=seconds.item())
+    if config_of(model).trainable_token_indices:
+        measured["rows_norm"] = _rows_norm(model, device)
     if merged:  # the very first update is zero, and none of it is lost
         measured["sync_lost"] = lost / (sent_update or 1)
     return measured
+
+
+def _rows_norm(model, device) -> float:
+    """Norm of the change of the trained vocabulary rows; of tied ones once. One all_reduce over the pipeline group."""
+    from megatron.core import mpu
+
+    total = torch.zeros(1, dtype=torch.float64, device=device)
+    for rows in iter_token_rows(model):
+        if rows.lora_table and not rows.lora_copy:
+            total += rows.lora_rows.double().square().sum()
+    _all_reduce(total, mpu.get_pipeline_model_parallel_group())
+    return total.sqrt().item()
 
 
 def _base_squares(model, linears: list[LoRALinear], device) -> dict[LoRALinear, torch.Tensor]:

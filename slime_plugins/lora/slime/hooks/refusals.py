@@ -314,6 +314,12 @@ def _mla_down(launch: Launch) -> set[str]:
 
 ADAPTER_SYNC = (
     Refusal(
+        "trained rows",
+        lambda launch: launch.given("trainable_token_indices"),
+        "--lora-sync adapter with trained vocabulary rows: SGLang serves adapters of linears alone and would ignore "
+        "them; use --lora-sync merged, which sends the changed rows with the weights",
+    ),
+    Refusal(
         "SGLang without plugins",
         lambda launch: launch.sglang is not None and launch.sglang < Version("0.5.12"),
         "--lora-sync adapter needs SGLang 0.5.12 or newer: older ones load no server plugins, and without "
@@ -436,6 +442,12 @@ ADAPTER_SYNC = (
 
 
 GKD = (
+    Refusal(
+        "trained rows",
+        lambda launch: launch.given("trainable_token_indices"),
+        "--use-gkd with trained vocabulary rows: the teacher is read through the student's output layer, which would "
+        "be the frozen one; drop --trainable-token-indices",
+    ),
     Refusal(
         "sequence-level distillation",
         lambda launch: launch.given("seq_kd"),
