@@ -30,7 +30,7 @@ from slime_plugins.lora.layers.guards import guard_frozen
 from slime_plugins.lora.names import in_experts, in_layer_order, is_adapter, is_known
 from slime_plugins.lora.parallel import all_gather_over, chunks_of, model_parallel, pipeline_group, unwrapped
 from slime_plugins.lora.targets import Targets, check_all_matched, short_name
-from slime_plugins.lora.tokens import add_token_rows, check_ids, vocabulary_of
+from slime_plugins.lora.tokens import NO_VOCABULARY, add_token_rows, check_ids, vocabulary_of
 
 _LAYER = re.compile(r"^(?:module\.)*(decoder\.layers\.)(\d+)\.(.+)$")
 _MTP = re.compile(r"^(?:module\.)*mtp\.")
@@ -107,10 +107,12 @@ def apply_lora(model, config: LoRAConfig, *, freeze_base: bool = True) -> LoRARe
     candidates = [item for survey in surveys for item in survey.candidates]
     plan: list[_Planned] = []
     problem, matched = None, set[str]()
-    vocabulary = vocabulary_of(chunks)
+    ids, vocabulary = config.trainable_token_indices, NO_VOCABULARY
     try:
         plan, matched = _plan(candidates, config)
-        check_ids(config.trainable_token_indices, vocabulary, chunks)
+        if ids:
+            vocabulary = vocabulary_of(chunks)
+            check_ids(ids, vocabulary, chunks)
     except ValueError as error:  # every stage must raise, or the others would wait for this one
         problem = error
     rest = [what for survey in surveys for what in survey.rest]
@@ -118,6 +120,8 @@ def apply_lora(model, config: LoRAConfig, *, freeze_base: bool = True) -> LoRARe
     for _, _, stage_problem, _ in stages:
         if stage_problem is not None:
             raise stage_problem
+    if ids and not any(all_gather_over(pipeline_group(), vocabulary.embedding is not None)):
+        raise ValueError("trained token rows: this model has no embedding.word_embeddings on any stage")
     check_all_matched(
         Targets(config.target_modules, config.exclude_modules),
         {entry for entries, _, _, _ in stages for entry in entries},
@@ -129,7 +133,6 @@ def apply_lora(model, config: LoRAConfig, *, freeze_base: bool = True) -> LoRARe
         guard_frozen(chunks)
     dtype = getattr(torch, config.dtype) if config.dtype else None
     linears = [adapt(planned.linear, planned.form, planned.base, planned.spec, dtype) for planned in plan]
-    ids = config.trainable_token_indices
     rows = add_token_rows(vocabulary, ids, dtype) if ids else []
     remember(chunks, config)
     for chunk in chunks:

@@ -16,7 +16,7 @@ from megatron.core.utils import get_model_config
 from slime_plugins.lora.adapters import iter_token_rows
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.layers import FrozenLinear, TokenRows, adapt_rows, frozen_of
-from slime_plugins.lora.layers.forms.tokens import SUMS_STAGES
+from slime_plugins.lora.layers.forms.tokens import FORMS, SUMS_STAGES
 from slime_plugins.lora.parallel import chunks_of, model_parallel, unwrapped
 
 EMBEDDING, HEAD = "embedding.word_embeddings", "output_layer"
@@ -34,23 +34,27 @@ class Vocabulary:
     """Padded; 0 on a stage without either."""
 
 
+NO_VOCABULARY = Vocabulary(None, None, False, 0)
+
+
 def vocabulary_of(chunks: Sequence[torch.nn.Module]) -> Vocabulary:
-    """Find them. Raises ValueError for a model whose embedding is of a class that has no form with trained rows."""
+    """Find them. Raises ValueError for one of a class that has no form with trained rows: it would not see them."""
     embedding: Any = None
     head: Any = None
-    tied, size = False, 0
+    tied = False
     for chunk in map(unwrapped, chunks):
-        modules = dict(chunk.named_modules())
-        embedding, head = modules.get(EMBEDDING, embedding), modules.get(HEAD, head)
-        tied = tied or bool(getattr(chunk, "share_embeddings_and_output_weights", False))
-    if embedding is not None:
-        if type(embedding) is not VocabParallelEmbedding:
-            raise ValueError(f"{EMBEDDING} is a {type(embedding).__name__}, for which trained rows have no form")
-        size = embedding.num_embeddings
-    if type(head) is not ColumnParallelLinear:
+        for name, module in chunk.named_modules():
+            if name == EMBEDDING or name.endswith(f".{EMBEDDING}"):
+                embedding = module
+            if name == HEAD or name.endswith(f".{HEAD}"):
+                head = module
+            tied = tied or bool(getattr(module, "share_embeddings_and_output_weights", False))
+    if getattr(head, "out_features", None) == 1:
         head = None
-    elif not size:
-        size = head.output_size
+    for name, module in ((EMBEDDING, embedding), (HEAD, head)):
+        if module is not None and type(module) not in FORMS:
+            raise ValueError(f"{name} is a {type(module).__name__}, for which trained rows have no form")
+    size = embedding.num_embeddings if embedding is not None else head.output_size if head is not None else 0
     return Vocabulary(embedding, head, tied, size)
 
 

@@ -25,6 +25,7 @@ from slime_plugins.lora import (
     summing_stages,
 )
 from slime_plugins.lora.adapters import base_parameters, iter_token_rows
+from slime_plugins.lora.cli import main
 from slime_plugins.lora.rehearsal.tiny import make_tiny
 
 IDS = (5, 17, 63, 64, 70, 126)
@@ -235,6 +236,42 @@ def test_peft_reads_what_is_exported(pool2, bases, tied, config, tmp_path):
         assert adapted.relative(imported - expected, expected) < 1e-5
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("config", [LORA, ALONE], ids=["beside-lora", "alone"])
+def test_the_commands_carry_rows(pool1, bases, tied, config, tmp_path, capsys):
+    """A checkpoint exported, merged, and the export imported and merged again: one model."""
+    from transformers import AutoModelForCausalLM
+
+    def run(*words):
+        assert main([str(word) for word in words]) == 0, capsys.readouterr()
+
+    base, saved, out = bases[tied], tmp_path / "saved", tmp_path
+    expected = pool1.run(save_and_logits, base, config, saved)[0]
+    run("export", "--checkpoint", saved, "--hf-checkpoint", base, "--out", out / "adapter")
+    assert ("6 trained rows of lm_head" in capsys.readouterr().out) is not tied
+    run("export", "--merge", "--checkpoint", saved, "--hf-checkpoint", base, "--out", out / "merged")
+    run("merge", out / "adapter", "--hf-checkpoint", base, "--out", out / "merged again")
+    run("import", "--adapter", out / "adapter", "--hf-checkpoint", base, "--out", out / "imported")
+    run("export", "--merge", "--checkpoint", out / "imported", "--hf-checkpoint", base, "--out", out / "third")
+    for merged_dir in ("merged", "merged again", "third"):
+        model = AutoModelForCausalLM.from_pretrained(
+            out / merged_dir, dtype=torch.float32, attn_implementation="eager"
+        )
+        with torch.no_grad():
+            logits = model(reference.batch(128)[:, :-1]).logits
+        assert adapted.relative(logits - expected, expected) < 1e-5, merged_dir
+
+
+def save_and_logits(layout: Layout, base, config, out):
+    chunks = adapted.adapted_chunks(base, config)
+    if config.target_modules:
+        adapted.set_adapters(chunks, "split", 4)
+    draw_rows(chunks)
+    save_adapter(chunks, out, step=1)
+    with torch.no_grad():
+        return whole_logits(chunks)
+
+
 def logits_of(layout: Layout, base, tied):
     chunks = adapted.adapted_chunks(base, ALONE, sp=layout.sp)
     with torch.no_grad():
@@ -268,3 +305,28 @@ def test_ids_outside_of_the_model(pool1, bases):
     with pytest.raises(WorkerError) as caught:
         pool1.run(train_rows, bases[True], LoRAConfig(trainable_token_indices=(127, 128)))
     assert "128 is outside of the model's 128 rows" in str(caught.value)
+
+
+def a_head_of_another_class(layout: Layout, base):
+    from functools import partial
+
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    from slime_plugins.lora import apply_lora
+    from slime_plugins.lora.rehearsal.model import build_chunks
+
+    class Fused(ColumnParallelLinear):
+        """It might not call ``forward`` of the class below: nobody knows."""
+
+    def apply(chunks, config):
+        chunks[0].output_layer.__class__ = Fused
+        return apply_lora(chunks, config)
+
+    build_chunks(base, dtype=torch.float32, apply=partial(apply, config=ALONE))
+
+
+def test_a_head_that_would_not_see_the_rows_is_refused(pool1, bases):
+    """slime's Megatron has an output layer of a class of its own: its rows stayed as they were, in silence."""
+    with pytest.raises(WorkerError) as caught:
+        pool1.run(a_head_of_another_class, bases[True])
+    assert "output_layer is a Fused, for which trained rows have no form" in str(caught.value)

@@ -15,6 +15,7 @@ from slime_plugins.lora.checkpoint.writer import complete, pack_common
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.names import hf_names, in_layer_order
 from slime_plugins.lora.peft.read import PeftAdapter, config_options
+from slime_plugins.lora.peft.rows import LEAVES
 from slime_plugins.lora.projections import Adapter
 
 
@@ -60,6 +61,10 @@ def import_checkpoint(
         for key, tensor in adapters[linear].tensors(pairs).items():
             whole = tensor.contiguous().clone()
             shards.append(storage.Shard(f"{linear}.{key}", whole, tuple(whole.shape), (0, 0)))
+    names_of = {leaf: name for name, leaf in LEAVES.items()}
+    for rows in source.rows(checkpoint):
+        delta = rows.delta.contiguous()
+        shards.append(storage.Shard(f"{names_of[rows.leaf]}.lora_rows", delta, tuple(delta.shape), (0, 0)))
     layers = range(base.number_of_layers(checkpoint))
     fingerprint = base.fingerprint_of_hf(checkpoint, base.dtype_of_hf(checkpoint), layers)
     quant = source.tensors.base_quant

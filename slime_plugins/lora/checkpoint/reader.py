@@ -14,6 +14,7 @@ from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.checkpoint import directory
 from slime_plugins.lora.checkpoint.manifest import Manifest
 from slime_plugins.lora.checkpoint.storage import TensorReader
+from slime_plugins.lora.peft.rows import LEAVES, VocabularyRows
 from slime_plugins.lora.projections import Projection
 
 
@@ -46,6 +47,16 @@ class AdapterCheckpoint:
                 raise ValueError(f"{self.path} has no tensor {error}") from None
             except ValueError as error:
                 raise ValueError(f"{self.path}: {error}") from None
+
+    def rows(self) -> list[VocabularyRows]:
+        """Trained rows of the vocabulary; tied ones once."""
+        ids = self.manifest.config.trainable_token_indices
+        found = {
+            leaf: f"{name}.lora_rows" for name, leaf in LEAVES.items() if f"{name}.lora_rows" in self._reader.index
+        }
+        if bool(ids) != bool(found):
+            raise ValueError(f"{self.path} holds rows of {', '.join(found) or 'nothing'}, for {len(ids)} token ids")
+        return [VocabularyRows(leaf, ids, self._reader.read(key)) for leaf, key in found.items()]
 
     def _read(self, linear: str, key: str) -> torch.Tensor:
         return self._reader.read(f"{linear}.{key}")

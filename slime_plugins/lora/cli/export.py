@@ -85,32 +85,40 @@ def run(args: argparse.Namespace) -> int:
     base = BaseCheckpoint(args.hf_checkpoint)
     compared = checkpoint.check_base(base)
     projections = list(checkpoint.projections())
-    parameters = sum(p.A.numel() + p.B.numel() for p in projections)
+    rows = checkpoint.rows()
+    parameters = sum(p.A.numel() + p.B.numel() for p in projections) + sum(one.delta.numel() for one in rows)
     step = "no step" if checkpoint.manifest.step is None else f"step {checkpoint.manifest.step}"
     print(f"{checkpoint.path}: {step}, {len(projections)} adapted matrices, {parameters:,} parameters")
+    for one in rows:
+        print(f"{len(one.ids)} trained rows of {one.leaf}")
     print(f"base compared: {compared}")
     if args.merge:
-        _merge(projections, checkpoint.base_quant, base, args)
+        _merge(projections, rows, checkpoint.base_quant, base, args)
     else:
-        _export(projections, checkpoint, base, args)
+        _export(projections, rows, checkpoint, base, args)
     print(args.serve_dir or args.out)
     return 0
 
 
-def _export(projections, checkpoint, base, args: argparse.Namespace) -> None:
+def _export(projections, rows, checkpoint, base, args: argparse.Namespace) -> None:
     from slime_plugins.lora.base.fingerprint import weights_digest
     from slime_plugins.lora.peft.directory import write_adapter
     from slime_plugins.lora.peft.form import to_peft
+    from slime_plugins.lora.peft.rows import with_rows
     from slime_plugins.lora.peft.serve_dir import make_serve_dir
 
-    adapter = to_peft(
-        projections,
-        base,
-        dropout=checkpoint.manifest.config.dropout,
-        patterns=args.peft_patterns,
-        moe_format=args.moe_format,
-        names=args.names,
-    )
+    adapter = None
+    if projections or not rows:
+        adapter = to_peft(
+            projections,
+            base,
+            dropout=checkpoint.manifest.config.dropout,
+            patterns=args.peft_patterns,
+            moe_format=args.moe_format,
+            names=args.names,
+        )
+    adapter = with_rows(adapter, rows, base) if rows else adapter
+    assert adapter is not None
     digest = weights_digest(base, checkpoint.manifest.base["dtype"])
     write_adapter(args.out, *adapter, base=base, base_digest=digest, base_quant=checkpoint.base_quant)
     if args.serve_dir:
@@ -118,8 +126,9 @@ def _export(projections, checkpoint, base, args: argparse.Namespace) -> None:
         print(f"serve it with: transformers serve {args.serve_dir}")
 
 
-def _merge(projections, quant, base, args: argparse.Namespace) -> None:
+def _merge(projections, rows, quant, base, args: argparse.Namespace) -> None:
     from slime_plugins.lora.base.merge import merge_checkpoint
+    from slime_plugins.lora.peft.rows import written
 
     onto: dict = {}
     if quant is not None and args.merge_onto == "trained":
@@ -134,4 +143,11 @@ def _merge(projections, quant, base, args: argparse.Namespace) -> None:
             "it answers otherwise",
             file=sys.stderr,
         )
+    if rows:
+        change, changed = written(rows, base)
+        before = onto.get("stored", lambda name, weight: weight)
+        onto = {
+            "stored": lambda name, weight: change(name, before(name, weight)),
+            "also": {*onto.get("also", ()), *changed},
+        }
     print(lost(merge_checkpoint(projections, base, args.out, **onto)))

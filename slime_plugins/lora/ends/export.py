@@ -17,13 +17,10 @@ from slime_plugins.lora.names import in_experts
 from slime_plugins.lora.parallel import everywhere, expert_group, gather_on_first, pipeline_group, rank
 from slime_plugins.lora.peft.directory import write_adapter
 from slime_plugins.lora.peft.form import to_peft
-from slime_plugins.lora.peft.rows import EMBEDDING, HEAD, VocabularyRows, with_rows
+from slime_plugins.lora.peft.rows import LEAVES, VocabularyRows, with_rows
 from slime_plugins.lora.projections import Projection
 from slime_plugins.lora.quant.dequantize import is_dequantised
 from slime_plugins.lora.quantize import base_quant_of
-
-LEAVES = {"embedding.word_embeddings": EMBEDDING, "output_layer": HEAD}
-"""Megatron's names of the matrices over the vocabulary -> Hugging Face's."""
 
 
 def export_peft(

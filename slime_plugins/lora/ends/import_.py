@@ -19,13 +19,12 @@ import torch
 from slime_plugins.lora.adapters import config_of, iter_adapters, iter_token_rows
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.checkpoint.model import other_base
-from slime_plugins.lora.ends.export import LEAVES
 from slime_plugins.lora.layers import AdapterSpec, LoRALinear
 from slime_plugins.lora.layers.pieces import Piece, Placement
 from slime_plugins.lora.parallel import all_gather, everywhere, on_rank_0
 from slime_plugins.lora.peft.directory import validate_adapter
 from slime_plugins.lora.peft.read import PeftAdapter, distinct_A, equal
-from slime_plugins.lora.peft.rows import ids_of
+from slime_plugins.lora.peft.rows import LEAVES, ids_of
 from slime_plugins.lora.projections import piece_key
 
 

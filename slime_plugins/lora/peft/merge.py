@@ -11,6 +11,7 @@ from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.base.merge import merge_checkpoint
 from slime_plugins.lora.peft.directory import validate_adapter
 from slime_plugins.lora.peft.read import PeftAdapter
+from slime_plugins.lora.peft.rows import written
 from slime_plugins.lora.projections import Rounding, low_rank_update
 
 
@@ -50,9 +51,11 @@ def merge_adapter(
     if other:
         raise ValueError(f"{adapter_dir}: {other}")
     updates = [_update(source, module) for module in source.modules]
-    if not any(update.trained for update in updates):
+    rows = source.rows(base)
+    if not rows and not any(update.trained for update in updates):
         raise ValueError(f"{adapter_dir}: every lora_B is zero, it is untrained and merging it would give the base")
-    return Merged(len(updates), compared, merge_checkpoint(updates, base, out_dir))
+    change, changed = written(rows, base)
+    return Merged(len(updates), compared, merge_checkpoint(updates, base, out_dir, stored=change, also=changed))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ Tied to the embedding, an output layer has the embedding's rows. vLLM and SGLang
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,9 @@ from slime_plugins.lora.peft.config import PREFIX
 ALONE = "TRAINABLE_TOKENS"
 """``peft_type`` of an adapter that is nothing else."""
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
+LEAVES = {"embedding.word_embeddings": EMBEDDING, "output_layer": HEAD}
+"""Megatron's names of the matrices over the vocabulary -> Hugging Face's."""
+Change = Callable[[str, torch.Tensor], torch.Tensor]
 Adapter = tuple[dict[str, Any], dict[str, torch.Tensor]]
 """Config and tensors."""
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta")
@@ -94,6 +97,26 @@ def with_rows(
     if adapter is None and base.tied:  # PEFT saves both, and misses the second where it is not there
         tensors[f"{PREFIX}{HEAD}.trainable_tokens_delta"] = rows[0].values(base)
     return config, tensors
+
+
+def written(rows: Sequence[VocabularyRows], base: BaseCheckpoint) -> tuple[Change, set[str]]:
+    """What a merge does with the rows: tensor name, value -> with the rows in it; and the names that it changes.
+
+    Raises:
+        UsageError: an id that the base has no row for.
+    """
+    by_name = {matrix_of(base, one.leaf): one for one in rows}
+    for one in rows:
+        base_rows(base, one.leaf, one.ids[-1:])
+
+    def change(name: str, weight: torch.Tensor) -> torch.Tensor:
+        if name not in by_name:
+            return weight
+        index, changed = torch.tensor(by_name[name].ids), weight.clone()
+        changed[index] = (weight[index].float() + by_name[name].delta.cpu().float()).to(weight.dtype)
+        return changed
+
+    return change, set(by_name)
 
 
 def _module(base: BaseCheckpoint, leaf: str) -> str:

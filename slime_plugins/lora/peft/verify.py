@@ -28,6 +28,7 @@ from slime_plugins.lora.peft.config import is_target, key_of, module_scaling, pa
 from slime_plugins.lora.peft.directory import AdapterTensors, open_tensors, read_config
 from slime_plugins.lora.peft.experts_form import per_expert
 from slime_plugins.lora.peft.loaders import Adapted, describe, left_out, misnamed, warnings
+from slime_plugins.lora.peft.rows import ids_of
 
 
 @dataclass(kw_only=True)
@@ -334,6 +335,11 @@ def _server_warnings(config: Mapping[str, Any], modules: Iterable[str]) -> Itera
         yield (
             f"{latent} adapters of kv_b_proj: vLLM is reported to load them and never apply them (vllm issue 48974); "
             "serve with SGLang 0.5.23 or newer, which corrects for them, or merge the adapter into its base"
+        )
+    for leaf, ids in ids_of(config).items():
+        yield (
+            f"{len(ids)} trained rows of {leaf}: vLLM and SGLang do not serve them; merge the adapter into its base "
+            "(slime-lora merge, slime-lora export --merge)"
         )
     for name in ("use_rslora", "rank_pattern", "alpha_pattern"):
         if config.get(name):

@@ -18,6 +18,8 @@ its own it has a copy, and ``tokens.summing_stages`` makes the two gradients one
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import (
@@ -123,14 +125,19 @@ class TokenRowsEmbedding(TokenRows, VocabParallelEmbedding):
         return embedded + torch.where((slots < 0).unsqueeze(-1), torch.zeros_like(rows), rows)
 
 
-class TokenRowsOutputLayer(TokenRows, ColumnParallelLinear):
+class TokenRowsHead(TokenRows):
     """Hidden states [S, B, H] (S/T under sequence parallelism) -> logits [S, B, V/T], or all columns gathered."""
 
-    def forward(self, input_, weight=None, runtime_gather_output=None, **kwargs):
+    def forward(self, input_, weight=None, runtime_gather_output=None, output_cross_entropy_loss=False, **kwargs):
+        if output_cross_entropy_loss:
+            raise ValueError(
+                "trained token rows with --cross-entropy-fusion-impl linear: it multiplies with the frozen weight and "
+                "would leave them out; use --cross-entropy-fusion-impl te or native"
+            )
         if not self.lora_enabled:
-            return super().forward(input_, weight, runtime_gather_output, **kwargs)
+            return super().forward(input_, weight, runtime_gather_output)
         self._check_sums()
-        logits, bias = super().forward(input_, weight, False, **kwargs)
+        logits, bias = super().forward(input_, weight, False)
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(input_, group=self.lora_group)
         else:
@@ -150,11 +157,23 @@ class TokenRowsOutputLayer(TokenRows, ColumnParallelLinear):
             )
 
 
+class TokenRowsOutputLayer(TokenRowsHead, ColumnParallelLinear):
+    """Of Megatron's plain output layer."""
+
+
 FORMS: dict[type, type[TokenRows]] = {
     VocabParallelEmbedding: TokenRowsEmbedding,
     ColumnParallelLinear: TokenRowsOutputLayer,
 }
-"""Class -> its form with trained rows."""
+"""Exact class -> its form with trained rows."""
+
+with contextlib.suppress(ImportError):  # since Megatron-Core 0.16
+    from megatron.core.transformer.linear_cross_entropy import LinearCrossEntropyModule
+
+    class TokenRowsFusedOutputLayer(TokenRowsHead, LinearCrossEntropyModule):
+        """Of the one that can give the loss in place of logits, which it cannot do with trained rows."""
+
+    FORMS[LinearCrossEntropyModule] = TokenRowsFusedOutputLayer
 
 
 def adapt_rows(
