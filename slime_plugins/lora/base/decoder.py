@@ -6,6 +6,7 @@ process starts.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,8 @@ class HFBase:
     tied: bool
     """The output layer is the embedding."""
     max_positions: int
+    coded: bool = False
+    """Its files hold matrices in bitsandbytes' NF4 codes."""
 
     @property
     def qkv_bias(self) -> bool:
@@ -67,6 +70,7 @@ class HFBase:
         """
         checkpoint = BaseCheckpoint(path)
         base = cls._from_config(checkpoint.config, Path(path))
+        base = dataclasses.replace(base, coded=bool(checkpoint.coded))
         base._check_tensors({name: weight.shape for name, weight in checkpoint.weights.items()})
         return base
 
@@ -173,12 +177,30 @@ def _refuse_unsupported(config: dict, config_file: Path, architecture: str) -> N
         ("use_sliding_window", False),
         ("mlp_bias", False),
         ("attention_bias", False),
-        ("quantization_config", None),
     ):
         if key == "attention_bias" and architecture == "Qwen2ForCausalLM":
             continue
         if config.get(key, supported) != supported:
             raise ValueError(f"{config_file}: {key} = {config[key]!r:.80} is not supported, only {supported!r}")
+    _refuse_quantised(config.get("quantization_config"), config_file)
+
+
+def _refuse_quantised(quantization: Any, config_file: Path) -> None:
+    """Of what a config says that weights are stored as, only bitsandbytes' NF4 is read (``base.coded``)."""
+    if quantization is None:
+        return
+    told = quantization if isinstance(quantization, dict) else {}
+    if told.get("quant_method") != "bitsandbytes" or not told.get("load_in_4bit"):
+        raise ValueError(
+            f"{config_file}: quantization_config = {quantization!r:.80} is not supported; give the dense checkpoint, "
+            "or one in bitsandbytes' nf4"
+        )
+    form = told.get("bnb_4bit_quant_type")
+    if form != "nf4":
+        raise ValueError(
+            f"{config_file}: bnb_4bit_quant_type is {form!r:.80}, and nf4 alone is read (QLoRA's form, and more exact "
+            "at the same size); quantise the dense checkpoint with nf4, or give that"
+        )
 
 
 def _rope(config: dict, config_file: Path) -> tuple[float, dict | None]:

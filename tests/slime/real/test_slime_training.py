@@ -304,8 +304,45 @@ def test_a_4_bit_base(run, words, tmp_path):
     assert [name for name in last if not (last[name] == dense[name]).all()]
 
 
-def test_a_4_bit_base_is_resumed(run):
+@pytest.fixture(scope="module")
+def dequantised(run, tmp_path_factory):
+    """The harness's model as a 4-bit base multiplies with it, and the run that it was made from."""
+    from slime_plugins.lora.cli import main
+
     whole = run("--steps", "4", "--save-interval", "2", extra=NF4)
-    words = ("--steps", "4", "--save-interval", "2", "--resume")
-    assert run(*words, extra=f"{NF4} --ckpt-step 1", of=whole).steps == whole.steps[2:]
-    check_going_on(run("--tp", "2", *words, extra=f"{NF4} --ckpt-step 1", of=whole), whole)
+    out = tmp_path_factory.mktemp("dense") / "hf"
+    dequantize = ["dequantize", "--hf-checkpoint", str(whole.work / "hf"), "--out", str(out)]
+    assert main([*dequantize, "--lora-base-quant-exclude", "linear_proj"]) == 0
+    return out, whole
+
+
+def test_a_4_bit_base_is_resumed(run, dequantised):
+    """To the last digit what a dense base of the dequantised weights gives, resumed in another split too."""
+    dense, whole = dequantised
+    words, on_dense = ("--steps", "4", "--save-interval", "2"), f"{LORA} --hf-checkpoint {dense} --ref-load {dense}"
+    same = run(*words, extra=on_dense)
+    assert same.steps == whole.steps
+    assert run(*words, "--resume", extra=f"{NF4} --ckpt-step 1", of=whole).steps == whole.steps[2:]
+    split = (*words, "--tp", "2", "--resume")
+    resumed = run(*split, extra=f"{NF4} --ckpt-step 1", of=whole)
+    assert resumed.of("step") == [2, 3]
+    assert resumed.steps == run(*split, extra=f"{on_dense} --ckpt-step 1", of=same).steps
+
+
+def test_adapters_alone_to_engines_on_the_dequantised_base(run, dequantised):
+    import torch
+    from safetensors.torch import load_file
+
+    dense, whole = dequantised
+    adapter = f"{NF4} --lora-sync adapter --save-hf hf_{{rollout_id}}"
+    words = ("--generate", "--mode", "colocate", "--steps", "2")
+    on_dense = f"--hf-checkpoint {dense} --ref-load {whole.work / 'hf'}"
+    synced = run(*words, extra=f"{adapter} {on_dense}")
+    check_learning(synced, 2)
+    requests = synced.requests()
+    assert not [r for r in requests if r["endpoint"].startswith("update_weights")], "no weight is sent"
+    expected = load_file(synced.work / "hf_1" / "adapter_model.safetensors")
+    last = load_file(synced.received("lora_*.safetensors")[-1])
+    assert last.keys() == expected.keys() and all(torch.equal(last[k], expected[k]) for k in last)
+    refused = run(*words, extra=adapter, fails=True).log
+    assert "which is not the base that trains" in refused and "`slime-lora dequantize`" in refused
