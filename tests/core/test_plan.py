@@ -18,7 +18,8 @@ from slime_plugins.lora import LoRAConfig, apply_lora, export_peft
 from slime_plugins.lora.adapters import iter_adapters
 from slime_plugins.lora.base.decoder import HFBase
 from slime_plugins.lora.cli import main
-from slime_plugins.lora.cost import cost_of
+from slime_plugins.lora.cost.memory import cost_of
+from slime_plugins.lora.cost.model import Model, Split
 from slime_plugins.lora.rehearsal.model import build_chunks
 
 CONFIGS = [
@@ -61,8 +62,7 @@ def measured(layout: Layout, hf_dir, config: LoRAConfig, out_dir) -> dict:
 def test_plan_says_what_is_built(pool2, tmp_path_factory, tmp_path, sizes, family, config):
     path = tiny(tmp_path_factory, family)
     ranks = pool2.run(measured, path, config, tmp_path / "adapter", **sizes)
-    base = HFBase.read(path)
-    cost = cost_of(base.shapes(), config, num_layers=base.num_layers, tied=base.tied, dtype="float32", **sizes)
+    cost = cost_of(Model.of(HFBase.read(path)), config, Split(**sizes), dtype="float32")
     assert cost.adapter_parameters == ranks[0]["trainable"]
     assert cost.base_parameters == ranks[0]["total"] - ranks[0]["trainable"]
     fullest = max(ranks, key=lambda rank: rank["base_weights"] + rank["adapter_weights"])

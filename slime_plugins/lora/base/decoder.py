@@ -23,7 +23,7 @@ ARCHITECTURES = {
 }
 _LARGEST = 2**31 - 1
 """Of any size in a config."""
-_MOST_LAYERS = 10_000
+MOST_LAYERS = 10_000
 """Every layer has its names written out."""
 
 
@@ -87,12 +87,12 @@ class HFBase:
             )
         _refuse_unsupported(config, config_file, architecture)
         theta, llama3_rope = _rope(config, config_file)
-        read = _Sizes(config, config_file)
+        read = Sizes(config, config_file)
         hidden, num_heads = read.size("hidden_size"), read.size("num_attention_heads")
         return cls(
             path=path,
             architecture=architecture,
-            num_layers=read.size("num_hidden_layers", most=_MOST_LAYERS),
+            num_layers=read.size("num_hidden_layers", most=MOST_LAYERS),
             hidden=hidden,
             ffn=read.size("intermediate_size"),
             num_heads=num_heads,
@@ -208,7 +208,7 @@ def _rope(config: dict, config_file: Path) -> tuple[float, dict | None]:
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise ValueError(f"{config_file}: rope parameters are {scaling!r:.80}, expected an object")
-    read = _Sizes(scaling | {"rope_theta": scaling.get("rope_theta", config.get("rope_theta"))}, config_file)
+    read = Sizes(scaling | {"rope_theta": scaling.get("rope_theta", config.get("rope_theta"))}, config_file)
     theta = read.number("rope_theta", 10000.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
@@ -222,7 +222,7 @@ def _rope(config: dict, config_file: Path) -> tuple[float, dict | None]:
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """Reads numbers out of a config that may hold anything. Each raises ValueError naming file, key and value."""
 
     config: dict[str, Any]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 
 from slime_plugins.lora.arguments import add_lora_arguments
 from slime_plugins.lora.base.quantization import BaseQuant, check_flags
 from slime_plugins.lora.config import LoRAConfig
-from slime_plugins.lora.errors import UsageError
 
 NAME = "plan"
 HELP = "What a LoRA run will cost: parameters, GPU memory by part, bytes per weight sync. From config.json alone."
@@ -26,10 +24,19 @@ examples:
 """
 
 
+_RANKS = {
+    "tp": "tensor-parallel ranks",
+    "pp": "pipeline stages",
+    "dp": "data-parallel ranks, those of context parallelism included",
+    "ep": "expert-parallel ranks",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hf-checkpoint", required=True, metavar="DIR", help="its config.json is all that is read")
-    for flag, what in (("tp", "tensor-parallel ranks"), ("pp", "pipeline stages"), ("dp", "data-parallel ranks")):
+    for flag, what in _RANKS.items():
         parser.add_argument(f"--{flag}", type=int, default=1, metavar="N", help=f"{what} (default: 1)")
+    parser.add_argument("--etp", type=int, metavar="N", help="expert-tensor-parallel ranks (default: those of --tp)")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base (default: %(default)s)"
     )
@@ -39,22 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from slime_plugins.lora.cost import cost_of
+    from slime_plugins.lora.cost.memory import cost_of
+    from slime_plugins.lora.cost.model import Model, Split
 
-    for flag in ("tp", "pp", "dp"):
-        if getattr(args, flag) < 1:
-            raise UsageError(f"--{flag} is {getattr(args, flag)}; expected at least 1")
+    split = Split(tp=args.tp, pp=args.pp, dp=args.dp, ep=args.ep, etp=args.etp)
     check_flags(args)
-    base = _read_base(Path(args.hf_checkpoint))
-    base.check_parallel(tp=args.tp, pp=args.pp)
+    model = Model.read(args.hf_checkpoint)
+    model.check(split)
     cost = cost_of(
-        base.shapes(),
+        model,
         LoRAConfig.from_args(args),
-        num_layers=base.num_layers,
-        tied=base.tied,
-        tp=args.tp,
-        pp=args.pp,
-        dp=args.dp,
+        split,
         dtype=args.dtype,
         freeze_base=args.lora_only_trainable,
         base_quant=BaseQuant.from_args(args),
@@ -63,22 +65,11 @@ def run(args: argparse.Namespace) -> int:
         totals = {"lora": {"total": cost.lora.total}, "full": {"total": cost.full.total}}
         print(json.dumps({k: v | totals[k] if k in totals else v for k, v in dataclasses.asdict(cost).items()}))
     else:
-        print(f"{base.architecture}, {base.num_layers} layers, {args.dtype}; tp {args.tp}, pp {args.pp}, dp {args.dp}")
+        experts = f", ep {args.ep}, etp {split.experts_tp}" if model.num_experts else ""
+        sizes = f"tp {args.tp}, pp {args.pp}, dp {args.dp}{experts}"
+        print(f"{model.architecture}, {model.num_layers} layers, {args.dtype}; {sizes}")
         print(_render(cost, args))
     return 0
-
-
-def _read_base(path: Path):
-    from slime_plugins.lora.base.decoder import HFBase
-
-    config_file = path / "config.json"
-    if not config_file.is_file():
-        raise UsageError(f"{path}: no config.json, expected a Hugging Face checkpoint directory")
-    try:
-        config = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{config_file}: not JSON: {error}") from None
-    return HFBase._from_config(config, path)
 
 
 def _render(cost, args: argparse.Namespace) -> str:
