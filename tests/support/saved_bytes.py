@@ -14,13 +14,16 @@ class Saved:
         self._parameters = {p.untyped_storage().data_ptr() for chunk in chunks for p in chunk.parameters()}
         self._keep_alive = []  # or the allocator would hand the same address out again
         self.storages: dict[int, int] = {}
-        self.tensors: dict[int, list[str]] = {}
+        """Address -> bytes, of the forward."""
+        self.shapes: dict[int, list[str]] = {}
+        """Of what was saved of each, to look into a difference."""
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._parameters:
+        in_backward = torch._C._current_graph_task_id() != -1  # what is recomputed there
+        if storage.data_ptr() not in self._parameters and not in_backward:
             self.storages[storage.data_ptr()] = storage.nbytes()
-            self.tensors.setdefault(storage.data_ptr(), []).append(f"{list(tensor.shape)} {tensor.dtype}")
+            self.shapes.setdefault(storage.data_ptr(), []).append(f"{list(tensor.shape)} {tensor.dtype}")
             self._keep_alive.append(tensor)
         return tensor
 

@@ -163,7 +163,8 @@ def _experts(read: Sizes, count: int, shared: int) -> dict[str, tuple[int, ...]]
 
 
 def _qwen(read: Sizes, *, shared: int, bias: bool, qk_norm: bool) -> _Family:
-    hidden, count = read.size("hidden_size"), read.size("num_experts")
+    named = "num_experts" if "num_experts" in read.config else "num_local_experts"  # as transformers 5 writes it
+    hidden, count = read.size("hidden_size"), read.size(named)
     dense, step = read.config.get("mlp_only_layers") or [], read.size("decoder_sparse_step", 1)
     if not isinstance(dense, list):
         raise ValueError(f"{read.file}: mlp_only_layers is {dense!r:.80}, expected a list of layer numbers")
