@@ -30,7 +30,7 @@ SPLITS = {
 
 
 def allocated(chunks) -> dict[str, int]:
-    """Bytes of one rank after an optimizer step: weights, gradient buffers, optimizer state, and the slack of these."""
+    """Bytes of one rank after an optimizer step."""
     mine = [p for linear in iter_adapters(chunks) for p in (linear.lora_A, linear.lora_B)]
     own = {id(p) for p in mine}
     model = adapted.wrap(chunks)

@@ -8,12 +8,18 @@ import json
 
 from slime_plugins.lora.arguments import add_lora_arguments
 from slime_plugins.lora.base.quantization import BaseQuant, check_flags
+from slime_plugins.lora.cli import plan_compare
 from slime_plugins.lora.config import LoRAConfig
 
 NAME = "plan"
 HELP = "What a LoRA run will cost: parameters, GPU memory by part, bytes per weight sync. From config.json alone."
 EPILOG = """\
-Activations are not counted: they depend on tokens per GPU and recomputation, and are about those of full training.
+Without --compare activations are not counted: they depend on tokens per GPU and recomputation.
+
+With it, the kinds of recompute are Megatron's --recompute-granularity: full (every layer, uniform, 1), selective
+(core attention, of which flash attention leaves next to nothing), none. The table's parts are those under full
+recompute. Experts are taken to receive equal shares of the tokens. Not counted: CUDA and NCCL (some GB),
+fragmentation, rollout engines on the same GPU, multi-token prediction.
 
 examples:
   slime-lora plan --hf-checkpoint Qwen3-4B --tp 2 --dp 4 --lora-r 32 --lora-alpha 32
@@ -21,6 +27,8 @@ examples:
   slime-lora plan --hf-checkpoint Qwen3-32B --dp 8 --lora-base-quant nf4 \\
       --lora-target-modules q_proj k_proj v_proj o_proj
   slime-lora plan --hf-checkpoint Qwen3-4B --tp 2 --json | jq .lora.total
+  slime-lora plan --compare --hf-checkpoint Qwen3-4B Qwen3-8B --tp 2 --dp 4 --tokens 9216 --png plan.png
+  slime-lora plan --compare --hf-checkpoint Qwen3-30B-A3B --tp 4 --dp 2 --ep 8 --etp 1
 """
 
 
@@ -33,7 +41,13 @@ _RANKS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--hf-checkpoint", required=True, metavar="DIR", help="its config.json is all that is read")
+    parser.add_argument(
+        "--hf-checkpoint",
+        required=True,
+        nargs="+",
+        metavar="DIR",
+        help="its config.json is all that is read; several with --compare",
+    )
     for flag, what in _RANKS.items():
         parser.add_argument(f"--{flag}", type=int, default=1, metavar="N", help=f"{what} (default: 1)")
     parser.add_argument("--etp", type=int, metavar="N", help="expert-tensor-parallel ranks (default: those of --tp)")
@@ -41,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="bytes and counts as one JSON object")
+    plan_compare.add_arguments(parser)
     # A plan is always one of adapters, beside full training; learning rates cost nothing.
     add_lora_arguments(parser, hide=("use_lora", "lora_plus_ratio"))
 
@@ -49,9 +64,12 @@ def run(args: argparse.Namespace) -> int:
     from slime_plugins.lora.cost.memory import cost_of
     from slime_plugins.lora.cost.model import Model, Split
 
-    split = Split(tp=args.tp, pp=args.pp, dp=args.dp, ep=args.ep, etp=args.etp)
     check_flags(args)
-    model = Model.read(args.hf_checkpoint)
+    if args.compare:
+        return plan_compare.run(args)
+    plan_compare.refuse_without_compare(args)
+    split = Split(tp=args.tp, pp=args.pp, dp=args.dp, ep=args.ep, etp=args.etp)
+    model = Model.read(args.hf_checkpoint[0])
     model.check(split)
     cost = cost_of(
         model,

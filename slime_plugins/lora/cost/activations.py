@@ -13,7 +13,7 @@ leaves on a rank, N rows of the routed experts on a rank, H hidden, F width of a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from slime_plugins.lora.cost.memory import Adapter, Trained, adapters_of, vocabulary_rows
@@ -124,7 +124,9 @@ class _Reckoning:
             logits = values * _FP32
             # slime: float32 logits, their log-softmax and a temporary, beside the logits in the model's own dtype;
             # elsewhere float32 logits, in which the loss works in place.
-            work = max(work, values * (3 * _FP32 if self.kernels.fused else _FP32 + (self.e if self.e != _FP32 else 0)))
+            work = max(
+                work, values * (3 * _FP32 if self.kernels.fused else _FP32 + (self.e if self.e != _FP32 else 0))
+            )
         return StageActivations(kept, self.split.pp - stage, work + self._dense_weight(layers), logits)
 
     def _shared(self, recompute: str) -> int:
@@ -249,14 +251,14 @@ class _Reckoning:
             kept += rows * (3 if routed else 2) * width * e  # SiLU(gate), up + 0, and with experts their product
         return kept + (rows * _FP32 if routed else 0), rows * 3 * width * e
 
-    def _dense_weight(self, layers: Iterable[int]) -> int:
+    def _dense_weight(self, layers: Collection[int]) -> int:
         """Of a 4-bit base, the linear that is dense while it multiplies; of experts all that a rank has."""
         if self.trained.quant is None:
             return 0
-        sizes: dict[tuple[int | None, str], int] = {}
+        sizes: dict[tuple[int, str], int] = {}
         for name, shape in self.model.linears().items():
             number = layer_of(name)
-            if number not in layers:
+            if number is None or number not in layers:
                 continue
             parent, leaf = name.rsplit(".", 1)
             fused = "fc1" if leaf in ("gate_proj", "up_proj") else "qkv" if leaf[:2] in ("q_", "k_", "v_") else leaf
