@@ -197,6 +197,31 @@ def loaded_in_parts(layout: Layout, hf_dir, work):
     return whole_weights(model)
 
 
+def from_codes(layout: Layout, hf_dir, work, *flags):
+    """Whole weights of a model that was loaded from a checkpoint in codes, and what slime's reader gave of it."""
+    name, given = "slime.backends.megatron_utils.hf_to_megatron.common", {}
+    args = arguments(hf_dir, work, *flags)
+    reader = type("SafetensorReader", (), {"get_tensor": lambda self, name: f"slime's {name}"})
+    common = slime_stand_ins.module(name, SafetensorReader=reader)
+    model, optimizer = build(layout, args, torch.bfloat16)
+    read = rehearsal.load_base
+
+    def load_base(*args):
+        given.update({name: common.SafetensorReader().get_tensor(f"{name}.weight") for name in CODED})
+        read(*args)
+
+    rehearsal.load_base = load_base
+    try:
+        load(args, model, optimizer)
+    finally:
+        rehearsal.load_base = read
+    assert common.SafetensorReader().get_tensor("x") == "slime's x"
+    return whole_weights(model), given
+
+
+CODED = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj", "model.norm")
+
+
 def incomplete(layout: Layout, hf_dir, work, leave_out: str):
     args = arguments(hf_dir, work)
     model, optimizer = build(layout, args)

@@ -135,6 +135,11 @@ def _linear_attention(launch: Launch) -> bool:
     return "linear_attention" in kinds or bool(launch.base.get("linear_num_key_heads"))
 
 
+def _bitsandbytes(launch: Launch) -> bool:
+    told = launch.base.get("quantization_config")
+    return isinstance(told, dict) and told.get("quant_method") == "bitsandbytes"
+
+
 def _cuda_graphs(launch: Launch) -> bool:
     impl = launch.given("cuda_graph_impl")
     return bool(launch.given("enable_cuda_graph") or launch.given("external_cuda_graph") or impl not in (None, "none"))
@@ -249,6 +254,13 @@ TRAINING = (
         lambda launch: launch.given("delay_wgrad_compute"),
         '--delay-wgrad-compute queues weight gradients that a frozen base never has ("Pop empty queue" in the first '
         "backward); drop it",
+    ),
+    Refusal(
+        "engines that start in 4 bits",
+        lambda launch: _bitsandbytes(launch) and not launch.given("debug_train_only"),
+        "--hf-checkpoint holds bitsandbytes codes, and engines that start from them take no dense weights and are not "
+        "known to have these over several ranks; write its weights with `slime-lora dequantize`, give those as "
+        "--hf-checkpoint and the codes as --ref-load",
     ),
     Refusal(
         "CUDA graphs",
