@@ -162,6 +162,7 @@ def test_a_start_brings_its_base(own, tmp_path):
             prepared({**own, start: str(tmp_path / path), "lora_base_quant": "nf4"})
 
 
+@pytest.mark.slow  # test_nf4_checkpoints.py compares the same logits without a rehearsal
 def test_a_rehearsal_on_codes(tmp_path):
     """Rollouts and training have one base: the logits agree as on a dense one."""
     quant = ("--lora-base-quant", "nf4", "--tp", "2", "--lora-base-quant-exclude", "linear_proj")

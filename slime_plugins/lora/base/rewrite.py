@@ -31,8 +31,7 @@ def rewrite(
 ) -> None:
     """Write the copy, whole or not at all: one tensor in memory at a time.
 
-    Files, index, tensor order, shapes and dtypes stay those of the base; but of one that holds matrices in codes, every
-    matrix is dense in the copy.
+    Files, index, tensor order, shapes and dtypes stay those of the base. The copy of one that holds codes is dense.
 
     Args:
         names: of the tensors that change.

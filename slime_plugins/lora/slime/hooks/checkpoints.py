@@ -155,8 +155,8 @@ def _check_form(quant: BaseQuant, base: BaseCheckpoint) -> None:
     """Raise UsageError for files that cannot become the base that is asked for, before they are read."""
     if base.quantised is not None:
         raise UsageError(
-            f"{base.directory} is quantised already ({base.quantised}), of which no 4-bit base is made; give the dense "
-            "checkpoint, or one in bitsandbytes' nf4"
+            f"{base.directory} is quantised already ({base.quantised}), of which no 4-bit base is made; give the "
+            "dense checkpoint, or one in bitsandbytes' nf4"
         )
     check_codes(quant, base)
 
