@@ -10,7 +10,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.errors import UsageError
@@ -30,6 +30,8 @@ _MOST_LAYERS = 10_000
 @dataclass(frozen=True, kw_only=True)
 class HFBase:
     """A dense decoder of a supported family, as its ``config.json`` describes it."""
+
+    architectures: ClassVar[dict[str, tuple[bool, bool]]] = ARCHITECTURES
 
     path: Path
     architecture: str
@@ -53,11 +55,11 @@ class HFBase:
 
     @property
     def qkv_bias(self) -> bool:
-        return ARCHITECTURES[self.architecture][0]
+        return self.architectures[self.architecture][0]
 
     @property
     def qk_norm(self) -> bool:
-        return ARCHITECTURES[self.architecture][1]
+        return self.architectures[self.architecture][1]
 
     @classmethod
     def read(cls, path: str | Path) -> HFBase:
@@ -81,10 +83,9 @@ class HFBase:
             raise ValueError(f"{config_file}: expected a JSON object, got {type(config).__name__}")
         named = config.get("architectures")
         architecture = named[0] if isinstance(named, list) and named else None
-        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-            raise ValueError(
-                f"{config_file}: architecture {architecture!s:.80} is not supported, only {', '.join(ARCHITECTURES)}"
-            )
+        if not isinstance(architecture, str) or architecture not in cls.architectures:
+            known = ", ".join(cls.architectures)
+            raise ValueError(f"{config_file}: architecture {architecture!s:.80} is not supported, only {known}")
         _refuse_unsupported(config, config_file, architecture)
         theta, llama3_rope = _rope(config, config_file)
         read = _Sizes(config, config_file)
@@ -104,7 +105,13 @@ class HFBase:
             llama3_rope=llama3_rope,
             tied=read.flag("tie_word_embeddings"),
             max_positions=read.size("max_position_embeddings", 4096),
+            **cls._more(read),
         )
+
+    @classmethod
+    def _more(cls, read: _Sizes) -> dict[str, int]:
+        """What a kind of decoder has beside."""
+        return {}
 
     def _check_tensors(self, shapes: dict[str, tuple[int, ...]]) -> None:
         expected = self.shapes()
