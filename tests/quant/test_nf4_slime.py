@@ -88,6 +88,16 @@ def test_loaded_in_parts(pool2, bases, tmp_path):
     assert [name for name, weight in found.items() if not torch.equal(weight, expected[f"{name}.weight"])] == []
 
 
+def test_memory_while_loading(pool1, tmp_path_factory, tmp_path):
+    """Above the packed base, as much as a few of its matrices: the one on the host, and what is made of it."""
+    sizes = dict(num_layers=12, hidden=1024, num_heads=16, num_kv_heads=8, head_dim=64, ffn=3072)
+    path = nf4_oracle.checkpoint(tmp_path_factory, dtype=torch.bfloat16, **sizes)
+    above, packed, largest, dense = pool1.run(nf4_slime_runs.loading_peak, path, tmp_path)[0]
+    print(f"{above >> 20} MiB above the packed {packed >> 20}; largest {largest >> 20}, all dense {dense >> 20}")
+    assert packed <= 0.52 * dense / 2
+    assert above <= 8 * largest < dense / 2  # its halves, fused, and what encoding and summing take
+
+
 def test_excluded(pool1, bases, tmp_path):
     path, _ = bases(torch.float32)
     packed, logits = pool1.run(nf4_slime_runs.excluded, path, tmp_path)[0]

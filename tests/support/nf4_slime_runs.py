@@ -222,6 +222,25 @@ def from_codes(layout: Layout, hf_dir, work, *flags):
 CODED = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj", "model.norm")
 
 
+def loading_peak(layout: Layout, hf_dir, work):
+    """Bytes of this process: the most while slime loads, above what is there when it has; the packed base; the largest
+    dense matrix; all of them dense."""
+    args = arguments(hf_dir, work)
+    model, optimizer = build(layout, args, torch.bfloat16)
+    packed = [p for p in model[0].module.parameters() if isinstance(p, PackedWeight)]
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the most so far is what there is now
+    load(args, model, optimizer)
+    peak, after = _resident("VmHWM"), _resident("VmRSS")
+    codes = sum(p.packed.nbytes for p in packed)
+    return peak - after, codes, max(p.nbytes for p in packed), sum(p.nbytes for p in packed)
+
+
+def _resident(which: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(which)) * 1024
+
+
 def incomplete(layout: Layout, hf_dir, work, leave_out: str):
     args = arguments(hf_dir, work)
     model, optimizer = build(layout, args)
