@@ -5,17 +5,23 @@ pytest tests/quant/test_nf4_slime.py
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import nf4_oracle
 import nf4_slime_runs
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from slime_plugins.lora import BaseQuant, LoRAConfig
+from slime_plugins.lora.adapters import remember
 from slime_plugins.lora.base.merge import merge_checkpoint
 from slime_plugins.lora.checkpoint.reader import AdapterCheckpoint
 from slime_plugins.lora.cli import main
 from slime_plugins.lora.cli.verify import table
 from slime_plugins.lora.peft.verify import verify_adapter
+from slime_plugins.lora.slime.hooks import metrics
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +108,53 @@ def test_excluded(pool1, bases, tmp_path):
     path, _ = bases(torch.float32)
     packed, logits = pool1.run(nf4_slime_runs.excluded, path, tmp_path)[0]
     assert packed == ["linear_fc2", "linear_proj", "linear_qkv"] and not logits.isnan().any()
+
+
+def test_what_no_4_bit_base_is_made_of(pool1, bases, tmp_path):
+    """Said before a weight is read: FP8, weights that are dequantised already, codes that this slime cannot read."""
+    path, _ = bases(torch.bfloat16)
+    assert main(["dequantize", "--hf-checkpoint", str(path), "--out", str(tmp_path / "dequantised")]) == 0
+    shutil.copytree(path, tmp_path / "fp8")
+    config = json.loads((path / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
+    codes = nf4_oracle.saved_in_codes(path, tmp_path / "codes")
+    directories = [tmp_path / "fp8", tmp_path / "dequantised", codes]
+    said = pool1.run(nf4_slime_runs.refused_bases, path, directories, tmp_path)[0]
+    for error, words in zip(
+        said,
+        (
+            "is quantised already (fp8), of which no 4-bit base is made; give the dense checkpoint",
+            "weights that have been through 4-bit codes, and other codes would be made of them; drop",
+            "holds NF4 codes, which slime before v0.3.1 cannot read; write its weights with `slime-lora dequantize`",
+        ),
+        strict=True,
+    ):
+        assert error.startswith("UsageError: ") and words in error
+
+
+def test_engines_on_another_base_are_said_at_the_first_step(caplog, monkeypatch):
+    """Once, and on a 4-bit base alone."""
+
+    monkeypatch.setattr(metrics, "measure", lambda model: {})  # what it measures is no matter here
+
+    def warned(difference, model):
+        caplog.clear()
+        losses = {} if difference is None else {"train_rollout_logprob_abs_diff": torch.tensor(difference)}
+        step = metrics.measuring(lambda model: (losses, "norm"))
+        assert step(model=[model])[1] == "norm"
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    def model(quant):
+        chunk = torch.nn.Module()
+        remember([chunk], LoRAConfig())
+        chunk.lora_base_quant = quant
+        return chunk
+
+    packed = model(BaseQuant())
+    assert warned(None, packed) == []  # a pipeline stage without losses, or slime without rollouts
+    (said,) = warned(0.587, packed)
+    assert "train_rollout_logprob_abs_diff is 0.587 at the first step, more than the 0.1" in said
+    assert warned(0.587, packed) == []
+    right = model(BaseQuant())
+    assert warned(0.009, right) == [] and warned(0.587, right) == []
+    assert warned(0.587, model(None)) == []

@@ -241,6 +241,17 @@ def _resident(which: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(which)) * 1024
 
 
+def refused_bases(layout: Layout, hf_dir, directories, work):
+    """What is said of each in place of the base."""
+    said = []
+    for directory in directories:
+        args = arguments(hf_dir, work)
+        model, optimizer = build(layout, args, torch.bfloat16)
+        args.load = str(directory)
+        said.append(_raised(lambda args=args, model=model, optimizer=optimizer: load(args, model, optimizer)))
+    return said
+
+
 def incomplete(layout: Layout, hf_dir, work, leave_out: str):
     args = arguments(hf_dir, work)
     model, optimizer = build(layout, args)
