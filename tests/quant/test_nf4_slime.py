@@ -20,8 +20,11 @@ from slime_plugins.lora.base.merge import merge_checkpoint
 from slime_plugins.lora.checkpoint.reader import AdapterCheckpoint
 from slime_plugins.lora.cli import main
 from slime_plugins.lora.cli.verify import table
+from slime_plugins.lora.peft.directory import write_adapter
+from slime_plugins.lora.peft.form import to_peft
 from slime_plugins.lora.peft.verify import verify_adapter
-from slime_plugins.lora.slime.hooks import metrics
+from slime_plugins.lora.projections import Projection
+from slime_plugins.lora.slime.hooks import checkpoints, metrics
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +161,25 @@ def test_engines_on_another_base_are_said_at_the_first_step(caplog, monkeypatch)
     right = model(BaseQuant())
     assert warned(0.009, right) == [] and warned(0.587, right) == []
     assert warned(0.587, model(None)) == []
+
+
+def test_an_adapter_of_a_4_bit_base_on_another(bases, tmp_path, caplog, monkeypatch):
+    """--lora-adapter-path PEFT: what the adapter notes of its base is compared with the base that is here."""
+    path, _ = bases(torch.bfloat16)
+    adapter = to_peft(
+        [Projection("model.layers.0.self_attn.q_proj", torch.ones(2, 192), torch.ones(256, 2), 1.0)], path
+    )
+    monkeypatch.setattr("slime_plugins.lora.ends.import_.import_peft", lambda model, path: None)
+    for noted, here, warned in (
+        (BaseQuant(), None, 1),
+        (BaseQuant(), BaseQuant(), 0),
+        (BaseQuant(), BaseQuant(double_quant=False), 1),
+        (None, BaseQuant(), 0),
+    ):
+        write_adapter(tmp_path / "peft", *adapter, base=path, base_quant=noted)
+        caplog.clear()
+        model = torch.nn.Module()
+        model.lora_base_quant = here
+        checkpoints._start_from([model], str(tmp_path / "peft"))
+        said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len(said) == warned and all("trained on a base in 4 bits" in text for text in said)

@@ -26,7 +26,9 @@ from slime_plugins.lora.files.json_text import read_object
 from slime_plugins.lora.layers import hide_adapters
 from slime_plugins.lora.names import is_adapter
 from slime_plugins.lora.packing import dense_on_host, finish_packing
+from slime_plugins.lora.peft.directory import open_tensors
 from slime_plugins.lora.quant.codes import check_codes
+from slime_plugins.lora.quantize import base_quant_of
 from slime_plugins.lora.slime.hooks import merged_sync
 from slime_plugins.lora.slime.hooks.base_check import remember_base
 from slime_plugins.lora.slime.hooks.paths import adapter_step_dir, step_dir
@@ -216,6 +218,14 @@ def _start_from(model, path: str) -> None:
         from slime_plugins.lora.ends.import_ import import_peft
 
         import_peft(model, path)
+        noted = open_tensors(path).base_quant
+        if noted is not None and noted != base_quant_of(model):
+            logger.warning(
+                "LoRA: %s was trained on a base in 4 bits (%s), which this one is not: unless these are its "
+                "dequantised weights it answers otherwise here; give --lora-base-quant nf4",
+                path,
+                noted,
+            )
     logger.info("LoRA: adapters start from %s", path)
 
 
