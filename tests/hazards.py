@@ -538,7 +538,7 @@ BREAKS = [
     Break(
         "4bit",
         "take codes unseen, whatever was loaded",
-        "quantize.py::_take_codes",
+        "quantize.py::_take",
         "if not torch.equal(checksum(packed.dense(one.parameter.dtype)), packed.source):",
         "if False:",
         "tests/quant/test_nf4_checkpoints.py -k codes_of_another",

@@ -82,7 +82,7 @@ class Coded(Stored):
         import torch
 
         codes, absmax, values, *nested = self._tensors(data)
-        if nested:
+        if self.group is not None:
             groups, steps = nested
             absmax = steps[absmax.int()] * groups.repeat_interleave(self.group)[: absmax.numel()] + self.mean
         looked_up = values[torch.stack([codes >> 4, codes & 15], dim=1).view(-1).int()]

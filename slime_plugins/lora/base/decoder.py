@@ -109,7 +109,7 @@ class HFBase:
         )
 
     @classmethod
-    def _more(cls, read: _Sizes) -> dict[str, int]:
+    def _more(cls, read: _Sizes) -> dict[str, Any]:
         """What a kind of decoder has beside."""
         return {}
 

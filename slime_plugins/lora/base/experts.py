@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from slime_plugins.lora.base.decoder import HFBase, _Sizes
 from slime_plugins.lora.errors import UsageError
@@ -20,7 +20,7 @@ class ExpertsBase(HFBase):
     expert_ffn: int
 
     @classmethod
-    def _more(cls, read: _Sizes) -> dict[str, int]:
+    def _more(cls, read: _Sizes) -> dict[str, Any]:
         for key, supported in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
             if read.config.get(key, supported) != supported:
                 raise ValueError(f"{read.file}: {key} = {read.config[key]!r:.80} is not supported, only {supported!r}")

@@ -62,7 +62,7 @@ def rewrite(
 
 def _write_dense(base: BaseCheckpoint, new: Path, names: Collection[str], change: Callable) -> None:
     """The weights of a base that holds codes, each in the file where its codes were, and what speaks of them."""
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file in sorted(base.files):
         weights = {name: weight for name, weight in base.weights.items() if weight.file == file}
         weight_map |= dict.fromkeys(weights, file.name)
