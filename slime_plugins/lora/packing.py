@@ -99,9 +99,7 @@ def dense_on_host(model: Any) -> Iterator[None]:
                 packed.copy_(dense)
 
 
-def finish_packing(
-    model: Any, quant: BaseQuant, *, codes_of: str | os.PathLike | None = None
-) -> QuantReport:
+def finish_packing(model: Any, quant: BaseQuant, *, codes_of: str | os.PathLike | None = None) -> QuantReport:
     """End of loading of a model that was built inside ``packing``, wrapped or not.
 
     Args:

@@ -238,7 +238,7 @@ def compress(
     """
     linears: dict[int, tuple[torch.nn.Module, list[str]]] = {}
     if codes is not None:
-        everywhere(lambda: [_take_codes(one, codes, quant) for one in plan.matrices])
+        everywhere(lambda: _take_codes(plan.matrices, codes, quant))
     for one in plan.matrices:
         if codes is None:
             packed = one.parameter.packed
@@ -258,7 +258,13 @@ def compress(
     )
 
 
-def _take_codes(one: Matrix, checkpoint: BaseCheckpoint, quant: BaseQuant) -> None:
+def _take_codes(matrices: Sequence[Matrix], checkpoint: BaseCheckpoint, quant: BaseQuant) -> None:
+    """As ``_take`` of every one."""
+    for one in matrices:
+        _take(one, checkpoint, quant)
+
+
+def _take(one: Matrix, checkpoint: BaseCheckpoint, quant: BaseQuant) -> None:
     """Put a checkpoint's own codes in place of those that were made of its dequantised values.
 
     Raises:

@@ -72,7 +72,7 @@ def test_for_people(tmp_path, tmp_path_factory, capsys):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--tokens", "100"], "--tokens given without --compare"),
+        (["--gpu-memory", "40"], "--gpu-memory given without --compare"),
         (["--compare", "--tokens", "0"], "--tokens is 0; expected at least 1"),
         (["--compare", "--tokens", "7", "--tp", "2"], "--tokens 7 is no multiple of --tp 2"),
         (["--compare", "--new-tokens", "0"], "--new-tokens is 0"),

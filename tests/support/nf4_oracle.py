@@ -51,6 +51,8 @@ def saved_in_codes(hf_dir, out: Path, dtype=torch.bfloat16, double_quant=True, s
     AutoModelForCausalLM.from_pretrained(
         hf_dir, dtype=dtype, quantization_config=bnb, device_map={"": "cpu"}
     ).save_pretrained(out)
+    for file in hf_dir.glob("tokenizer*"):
+        shutil.copyfile(file, out / file.name)
     return out
 
 

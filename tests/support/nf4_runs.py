@@ -27,7 +27,9 @@ NF4 = BaseQuant()
 CONFIG = LoRAConfig(rank=nf4_oracle.RANK, alpha=nf4_oracle.ALPHA)
 
 
-def chunks_of(layout: Layout, hf_dir, *, quant=NF4, config=CONFIG, first="quantize", build=build_chunks, codes_of=None, **kwargs):
+def chunks_of(
+    layout: Layout, hf_dir, *, quant=NF4, config=CONFIG, first="quantize", build=build_chunks, codes_of=None, **kwargs
+):
     """Adapted chunks on a packed base (``quant`` None: on the dense one), and the reports."""
     reports = []
 

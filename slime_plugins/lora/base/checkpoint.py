@@ -146,7 +146,7 @@ class BaseCheckpoint:
         return int(number) if number.isascii() and number.isdecimal() and len(number) < 6 else None
 
     def linear_shape(self, module: str) -> tuple[int, int] | None:
-        """[out, in] of a linear, by this base's name; None when it has no such module, or holds it packed otherwise."""
+        """[out, in] of a linear, by this base's name; None when it has no such module, or holds it in other codes."""
         weight = self.weights.get(f"{module}.weight")
         if weight is None and module == "lm_head" and self.tied:
             weight = self.weights.get(self.embedding)

@@ -1,7 +1,7 @@
 """Matrices that a checkpoint holds as codes with scales beside them, read as the dense ones that they stand for.
 
-bitsandbytes' NF4 is known. Its serialised form of a weight ``W`` (``QuantState.as_dict(packed=True)``) is tensors whose
-names begin with ``W``:
+bitsandbytes' NF4 is known. Its serialised form of a weight W (``QuantState.as_dict(packed=True)``) is tensors whose
+names begin with W:
 
     W                                      codes, two in a byte, high half first, row after row
     W.absmax                               a scale per block: float32, or 8 bits of nested scales
@@ -47,7 +47,7 @@ class Scales:
 
 @dataclass(frozen=True)
 class Coded(Stored):
-    """A matrix in NF4 codes. ``dtype`` and ``shape`` are those of the dense one; bytes are all that is stored of it."""
+    """A matrix in NF4 codes. ``dtype`` and ``shape`` are the dense one's; its bytes are all that is stored of it."""
 
     parts: tuple[Stored, ...]
     """Codes, scales, what codes stand for; of nested scales their own two; the state."""
@@ -82,7 +82,7 @@ class Coded(Stored):
         import torch
 
         codes, absmax, values, *nested = self._tensors(data)
-        if nested:
+        if self.group is not None:
             groups, steps = nested
             absmax = steps[absmax.int()] * groups.repeat_interleave(self.group)[: absmax.numel()] + self.mean
         looked_up = values[torch.stack([codes >> 4, codes & 15], dim=1).view(-1).int()]
@@ -119,13 +119,13 @@ def in_matrices(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     if not states:
         return dict(tensors)
     found: dict[str, Stored] = {}
-    beside = {state for state in states.values()}
+    beside = set(states.values())
     for weight, state in states.items():
         form = state.partition(_STATE)[2]
         if form != "nf4":
             raise ValueError(
-                f"{weight} is in bitsandbytes' {form[:40]!r} codes, and nf4 alone is read here (QLoRA's form, and more "
-                "exact at the same size): quantise the dense checkpoint with bnb_4bit_quant_type='nf4', or give that"
+                f"{weight} is in bitsandbytes' {form[:40]!r} codes, and nf4 alone is read (QLoRA's form, more exact "
+                "at the same size): quantise the dense checkpoint with bnb_4bit_quant_type='nf4', or give that"
             )
         try:
             found[weight] = _matrix(weight, state, tensors)

@@ -82,9 +82,8 @@ class HFBase:
         named = config.get("architectures")
         architecture = named[0] if isinstance(named, list) and named else None
         if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-            raise ValueError(
-                f"{config_file}: architecture {architecture!s:.80} is not supported, only {', '.join(ARCHITECTURES)}"
-            )
+            known = ", ".join(ARCHITECTURES)
+            raise ValueError(f"{config_file}: architecture {architecture!s:.80} is not supported, only {known}")
         _refuse_unsupported(config, config_file, architecture)
         theta, llama3_rope = _rope(config, config_file)
         read = Sizes(config, config_file)
@@ -182,10 +181,10 @@ def _refuse_unsupported(config: dict, config_file: Path, architecture: str) -> N
             continue
         if config.get(key, supported) != supported:
             raise ValueError(f"{config_file}: {key} = {config[key]!r:.80} is not supported, only {supported!r}")
-    _refuse_quantised(config.get("quantization_config"), config_file)
+    refuse_quantised(config.get("quantization_config"), config_file)
 
 
-def _refuse_quantised(quantization: Any, config_file: Path) -> None:
+def refuse_quantised(quantization: Any, config_file: Path) -> None:
     """Of what a config says that weights are stored as, only bitsandbytes' NF4 is read (``base.coded``)."""
     if quantization is None:
         return

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slime_plugins.lora.base.decoder import MOST_LAYERS, Sizes
+from slime_plugins.lora.base.decoder import MOST_LAYERS, Sizes, refuse_quantised
 from slime_plugins.lora.errors import UsageError
 
 
@@ -46,8 +46,7 @@ class MoEBase:
         file, architecture = path / "config.json", architecture_of(config)
         if architecture not in ARCHITECTURES:
             raise ValueError(f"{file}: architecture {architecture!s:.80} is not supported")
-        if config.get("quantization_config") is not None:
-            raise ValueError(f"{file}: quantization_config is not supported with experts; give the dense checkpoint")
+        refuse_quantised(config.get("quantization_config"), file)
         read = Sizes(config, file)
         if architecture in _NO_BIAS and read.flag("attention_bias"):
             raise ValueError(f"{file}: attention_bias = true is not supported for {architecture}")

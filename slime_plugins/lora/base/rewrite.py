@@ -31,8 +31,7 @@ def rewrite(
 ) -> None:
     """Write the copy, whole or not at all: one tensor in memory at a time.
 
-    Files, index, tensor order, shapes and dtypes stay those of the base; but of one that holds matrices in codes, every
-    matrix is dense in the copy.
+    Files, index, tensor order, shapes and dtypes stay those of the base. The copy of one that holds codes is dense.
 
     Args:
         names: of the tensors that change.
@@ -63,7 +62,7 @@ def rewrite(
 
 def _write_dense(base: BaseCheckpoint, new: Path, names: Collection[str], change: Callable) -> None:
     """The weights of a base that holds codes, each in the file where its codes were, and what speaks of them."""
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file in sorted(base.files):
         weights = {name: weight for name, weight in base.weights.items() if weight.file == file}
         weight_map |= dict.fromkeys(weights, file.name)

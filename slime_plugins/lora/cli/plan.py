@@ -14,17 +14,16 @@ from slime_plugins.lora.config import LoRAConfig
 NAME = "plan"
 HELP = "What a LoRA run will cost: parameters, GPU memory by part, bytes per weight sync. From config.json alone."
 EPILOG = """\
-Without --compare activations are not counted: they depend on tokens per GPU and recomputation.
-
-With it, the kinds of recompute are Megatron's --recompute-granularity: full (every layer, uniform, 1), selective
-(core attention, of which flash attention leaves next to nothing), none. The table's parts are those under full
-recompute. Experts are taken to receive equal shares of the tokens. Not counted: CUDA and NCCL (some GB),
-fragmentation, rollout engines on the same GPU, multi-token prediction.
+Activations are counted where --tokens says how many tokens a GPU has at a time, then with full recompute; and with
+--compare, with every kind of recompute. The kinds are Megatron's --recompute-granularity: full (every layer, uniform,
+1), selective (core attention, of which flash attention leaves next to nothing), none. The parts in a comparison are
+those under full recompute. Experts are taken to receive equal shares of the tokens. Not counted: CUDA and NCCL (some
+GB), fragmentation, rollout engines on the same GPU, multi-token prediction.
 
 examples:
   slime-lora plan --hf-checkpoint Qwen3-4B --tp 2 --dp 4 --lora-r 32 --lora-alpha 32
   slime-lora plan --hf-checkpoint Qwen3-4B --lora-target-modules q_proj v_proj --lora-layout split
-  slime-lora plan --hf-checkpoint Qwen3-32B --dp 8 --lora-base-quant nf4 \\
+  slime-lora plan --hf-checkpoint Qwen3-32B --dp 8 --lora-r 8 --lora-base-quant nf4 --tokens 2048 \\
       --lora-target-modules q_proj k_proj v_proj o_proj
   slime-lora plan --hf-checkpoint Qwen3-4B --tp 2 --json | jq .lora.total
   slime-lora plan --compare --hf-checkpoint Qwen3-4B Qwen3-8B --tp 2 --dp 4 --tokens 9216 --png plan.png
@@ -65,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from slime_plugins.lora.cost.model import Model, Split
 
     check_flags(args)
+    plan_compare.check_numbers(args)
     if args.compare:
         return plan_compare.run(args)
     plan_compare.refuse_without_compare(args)
@@ -79,18 +79,33 @@ def run(args: argparse.Namespace) -> int:
         freeze_base=args.lora_only_trainable,
         base_quant=BaseQuant.from_args(args),
     )
+    beside = _beside(model, split, args) if args.tokens is not None else None
     if args.json:
         totals = {"lora": {"total": cost.lora.total}, "full": {"total": cost.full.total}}
-        print(json.dumps({k: v | totals[k] if k in totals else v for k, v in dataclasses.asdict(cost).items()}))
+        content = {k: v | totals[k] if k in totals else v for k, v in dataclasses.asdict(cost).items()}
+        named = {} if beside is None else {"beside": dict(zip(("lora", "full"), map(dataclasses.asdict, beside)))}
+        print(json.dumps(content | named))
     else:
         experts = f", ep {args.ep}, etp {split.experts_tp}" if model.num_experts else ""
         sizes = f"tp {args.tp}, pp {args.pp}, dp {args.dp}{experts}"
         print(f"{model.architecture}, {model.num_layers} layers, {args.dtype}; {sizes}")
-        print(_render(cost, args))
+        print(_render(cost, args, beside))
     return 0
 
 
-def _render(cost, args: argparse.Namespace) -> str:
+def _beside(model, split, args: argparse.Namespace) -> tuple:
+    """``StageActivations`` of the fullest stage with full recompute: with adapters, and in full training."""
+    from slime_plugins.lora.cost.activations import Batch, stage_activations
+    from slime_plugins.lora.cost.memory import Trained
+
+    lora = Trained(base=not args.lora_only_trainable, lora=LoRAConfig.from_args(args), quant=BaseQuant.from_args(args))
+    how = {"recompute": "full", "dtype": args.dtype}
+    batch = Batch(tokens=args.tokens)
+    stages = (stage_activations(model, one, split, batch, **how) for one in (lora, Trained(base=True)))
+    return tuple(max(found, key=lambda stage: stage.total) for found in stages)
+
+
+def _render(cost, args: argparse.Namespace, beside: tuple | None) -> str:
     lora, full = cost.lora, cost.full
     trained = cost.adapter_parameters + (0 if args.lora_only_trainable else cost.base_parameters)
     share = 100 * cost.adapter_parameters / (cost.base_parameters + cost.adapter_parameters)
@@ -104,12 +119,22 @@ def _render(cost, args: argparse.Namespace) -> str:
         ("  adapter weights", _size(lora.adapter_weights), "-"),
         ("  gradients, float32", _size(lora.gradients), _size(full.gradients)),
         ("  optimizer, float32", _size(lora.optimizer), _size(full.optimizer)),
+        *(() if beside is None else _beside_rows(cost, args, *beside)),
         ("host memory for the reference policy", "0", _size(full.base_weights)),
         ("weight sync, to each engine", merged, _size(cost.sync_merged)),
         ("checkpoint with optimizer", _size(cost.checkpoint_lora), _size(cost.checkpoint_full)),
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join(f"{a.ljust(widths[0])}  {b.rjust(widths[1])}  {c.rjust(widths[2])}".rstrip() for a, b, c in rows)
+
+
+def _beside_rows(cost, args: argparse.Namespace, lora, full) -> list[tuple[str, str, str]]:
+    tokens = f"  activations of {args.tokens:,} tokens, full recompute"
+    return [
+        (tokens, _size(lora.kept * lora.in_flight), _size(full.kept * full.in_flight)),
+        ("  logits and loss, or a layer in backward", _size(lora.work), _size(full.work)),
+        ("  all of it, beside CUDA and NCCL", _size(cost.lora.total + lora.total), _size(cost.full.total + full.total)),
+    ]
 
 
 def _size(count: float) -> str:

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         type=int,
         metavar="N",
-        help="of a microbatch, slime's --max-tokens-per-gpu (default: 8192)",
+        help="of a microbatch on a GPU, as slime's --max-tokens-per-gpu (with --compare: 8192)",
     )
     add("--gpu-memory", type=positive, metavar="GB", help="of one GPU, in 10^9 bytes (default: 80)")
     add(
@@ -39,9 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--png", type=place, metavar="OUT", help="bars; needs matplotlib")
 
 
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raise UsageError for counts that are none."""
+    for name in ("new_tokens", "tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
+
+
 def refuse_without_compare(args: argparse.Namespace) -> None:
     """Raise UsageError for flags of a comparison where there is none."""
-    for name in ("new_tokens", "tokens", "gpu_memory", "sequence_parallel", "local_kernels", "png"):
+    for name in ("new_tokens", "gpu_memory", "sequence_parallel", "local_kernels", "png"):
         if getattr(args, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} given without --compare; add it, or drop this")
     if len(args.hf_checkpoint) > 1:
@@ -61,9 +69,6 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--no-lora-only-trainable with --compare: its columns are fixed; drop one of them")
     given = {name: getattr(args, name) for name in _DEFAULTS if getattr(args, name) is not None}
     given = {**_DEFAULTS, **given}
-    for name in ("new_tokens", "tokens"):
-        if given[name] < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {given[name]}; expected at least 1")
     split = Split(tp=args.tp, pp=args.pp, dp=args.dp, ep=args.ep, etp=args.etp, sp=args.sequence_parallel)
     quant = BaseQuant.from_args(argparse.Namespace(**{**vars(args), "lora_base_quant": "nf4"}))
     kernels = Kernels(flash=not args.local_kernels, fused=not args.local_kernels)

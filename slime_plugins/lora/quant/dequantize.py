@@ -42,12 +42,9 @@ def dequantize_checkpoint(hf_checkpoint: str | os.PathLike, out: str | os.PathLi
         record = {"base_quant": None if base.coded else quant.to_dict(), "made_from": base.fingerprint}
         (new / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
-    rewrite(base, Path(out), *([(), _as_it_is] if base.coded else [names, through_codes(quant, names)]), inspect=note)
+    change = (lambda name, weight: weight) if base.coded else through_codes(quant, names)
+    rewrite(base, Path(out), set(names), change, inspect=note)
     return len(names)
-
-
-def _as_it_is(name: str, weight: torch.Tensor) -> torch.Tensor:
-    return weight
 
 
 def is_dequantised(hf_checkpoint: str | os.PathLike) -> bool:

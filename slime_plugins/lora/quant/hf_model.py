@@ -9,6 +9,7 @@ import torch
 
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.base.quantization import BaseQuant, dense_modules
+from slime_plugins.lora.files.safetensors import torch_dtype
 from slime_plugins.lora.quant import nf4
 from slime_plugins.lora.quant.dequantize import decoder_linears
 
@@ -31,6 +32,9 @@ def load_base(hf_dir: str | os.PathLike, dtype: torch.dtype, device: str, quant:
     if checkpoint.coded:
         # transformers takes neither the product's dtype nor that of the other weights from its caller here.
         model = AutoModelForCausalLM.from_pretrained(hf_dir, device_map={"": device})
+        if any(torch_dtype(weight.dtype) != dtype for weight in checkpoint.coded.values()):
+            # Of codes made in bf16 bitsandbytes' products in float32 leave out the rounding to bf16 (from 0.50 on).
+            model = model.dequantize()
     else:
         assert quant is not None
         dense = dense_modules(quant, decoder_linears(checkpoint), mla=checkpoint.mla)

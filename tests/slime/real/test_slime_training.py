@@ -346,3 +346,27 @@ def test_adapters_alone_to_engines_on_the_dequantised_base(run, dequantised):
     assert last.keys() == expected.keys() and all(torch.equal(last[k], expected[k]) for k in last)
     refused = run(*words, extra=adapter, fails=True).log
     assert "which is not the base that trains" in refused and "`slime-lora dequantize`" in refused
+
+
+def test_a_checkpoint_in_4_bit_codes(run, dequantised, tmp_path):
+    """bitsandbytes' own: trained in its codes, and dense on the weights that they stand for, to the last digit."""
+    import nf4_oracle
+    import torch
+    from safetensors.torch import load_file
+
+    from slime_plugins.lora.cli import main
+
+    codes = nf4_oracle.saved_in_codes(dequantised[1].work / "hf", tmp_path / "codes")
+    assert main(["dequantize", "--hf-checkpoint", str(codes), "--out", str(tmp_path / "dense")]) == 0
+    words = ("--mode", "colocate", "--steps", "2", "--tp", "2")
+    where = f"--hf-checkpoint {tmp_path / 'dense'} --ref-load {codes}"
+    packed, dense = run(*words, extra=f"{NF4} {where}"), run(*words, extra=f"{LORA} {where}")
+    check_learning(packed, 2)
+    assert "base in 4 bits" in packed.log and "base in 4 bits" not in dense.log
+    assert packed.steps == dense.steps
+    base = load_file(tmp_path / "dense" / "model.safetensors")
+    first, *_, last = (load_file(path) for path in packed.received("weights_*.safetensors"))
+    assert [name for name in first if not torch.equal(first[name], base[name])] == []
+    assert [name for name in last if not torch.equal(last[name], base[name])]
+    refused = run(*words, extra=f"{NF4} --hf-checkpoint {codes} --ref-load {codes}", fails=True).log
+    assert "--hf-checkpoint holds bitsandbytes codes" in refused
