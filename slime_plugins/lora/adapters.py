@@ -29,7 +29,7 @@ class ModelState:
     fingerprints: dict[bool, Any] = field(default_factory=dict)
     """checkpoint.model: of what a 4-bit base was made of (True), as it multiplies (False); and when it was taken."""
     compared: Any = None
-    """checkpoint.model: the directory that the base was compared with last, and what differed."""
+    """checkpoint.model: the directory that the base was compared with last, and its fingerprint."""
     base_source: str | None = None
     """slime.hooks: where the base was loaded from."""
     last_sync: Any = None

@@ -12,6 +12,7 @@ For a trainer that loads shard by shard into the model that it has built:
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ from slime_plugins.lora.base.quantization import BLOCK, BaseQuant
 from slime_plugins.lora.layers import kind_of
 from slime_plugins.lora.parallel import chunks_of, everywhere
 from slime_plugins.lora.quant.packed import Packed, PackedWeight, noted
-from slime_plugins.lora.quantize import Plan, QuantReport, compress, matrices_of, planned
+from slime_plugins.lora.quantize import Plan, QuantReport, codes_in, compress, matrices_of, planned
 
 
 @contextlib.contextmanager
@@ -97,13 +98,15 @@ def dense_on_host(model: Any) -> Iterator[None]:
                 packed.copy_(dense)
 
 
-def finish_packing(model: Any, quant: BaseQuant) -> QuantReport:
+def finish_packing(model: Any, quant: BaseQuant, *, codes_of: str | os.PathLike | None = None) -> QuantReport:
     """End of loading of a model that was built inside ``packing``, wrapped or not.
 
+    Args:
+        codes_of: as of ``quantize_base``.
     Collectives:
         one all_gather_object over the world; per matrix an all_gather over its tensor-parallel group.
     Raises:
-        ValueError: a weight into which nothing was loaded.
+        UsageError, ValueError: a weight into which nothing was loaded; codes that are not those of what was.
     """
     chunks = chunks_of(model)
     matrices = tuple(one for chunk in chunks for one in matrices_of(chunk) if isinstance(one.parameter, PackedWeight))
@@ -114,7 +117,7 @@ def finish_packing(model: Any, quant: BaseQuant) -> QuantReport:
                 raise ValueError(f"{one.name}: nothing was loaded into this 4-bit base weight")
 
     everywhere(check)
-    return compress(chunks, Plan(matrices, ()), quant)
+    return compress(chunks, Plan(matrices, ()), quant, codes_in(codes_of, quant))
 
 
 def _parameters(module: torch.nn.Module) -> list[tuple[str, Any]]:

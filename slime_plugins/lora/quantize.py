@@ -7,6 +7,7 @@ full matrix's, and nested scales are computed on all scales of one Hugging Face 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,16 +17,28 @@ import torch
 import torch.distributed as dist
 
 from slime_plugins.lora.adapters import has_adapters
+from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+from slime_plugins.lora.base.fingerprint import checksum
 from slime_plugins.lora.base.quantization import BLOCK, GROUP, BaseQuant, check_blocks, is_excluded
 from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.files.safetensors import torch_dtype
 from slime_plugins.lora.layers import FrozenLinear, frozen_of
 from slime_plugins.lora.layout import ROWS, Part
-from slime_plugins.lora.names import is_known, record_of
-from slime_plugins.lora.parallel import all_gather, all_gather_over, attempt, chunks_of, pipeline_group, unwrapped
+from slime_plugins.lora.names import hf_names, is_known, of_expert, record_of
+from slime_plugins.lora.parallel import (
+    all_gather,
+    all_gather_over,
+    attempt,
+    chunks_of,
+    everywhere,
+    pipeline_group,
+    unwrapped,
+)
 from slime_plugins.lora.quant import nf4
+from slime_plugins.lora.quant.codes import check_codes, in_codes
 from slime_plugins.lora.quant.hold import hold
 from slime_plugins.lora.quant.packed import Packed, PackedWeight
-from slime_plugins.lora.targets import check_all_matched
+from slime_plugins.lora.targets import check_all_matched, short_name
 
 _LAYER = re.compile(r"^(?:module\.)*(decoder\.layers\.)(\d+)\.(.+)$")
 _EXPERT = re.compile(r"\.(?:local_experts\.)?\d+(?=\.linear_fc[12]$)")
@@ -51,7 +64,9 @@ class QuantReport:
         )
 
 
-def quantize_base(model: Any, quant: BaseQuant | None = None) -> QuantReport:
+def quantize_base(
+    model: Any, quant: BaseQuant | None = None, *, codes_of: str | os.PathLike | None = None
+) -> QuantReport:
     """Store every decoder linear of a loaded model as NF4 codes, in place. Before or after ``apply_lora``, before DDP.
 
     Names and shapes of parameters stay; what multiplies from then on is the dequantised weight, the same bits at every
@@ -62,18 +77,30 @@ def quantize_base(model: Any, quant: BaseQuant | None = None) -> QuantReport:
         model: a Megatron module, or the list of this rank's pipeline chunks, its weights loaded, in the dtype in which
             it trains.
         quant: the form; NF4 with nested scales by default.
+        codes_of: the checkpoint that the weights were loaded from, where that holds them in NF4 codes (bitsandbytes):
+            the model gets those codes, and not new ones. Of a dense checkpoint it changes nothing.
     Collectives:
         objects over the world and the pipeline group; per matrix an all_gather over its tensor-parallel group.
     Raises:
         UsageError: bitsandbytes is missing, a linear that does not divide into blocks, an ``exclude`` that names
-            nothing, a base that trains. Nothing has been changed then.
-        ValueError: a model that is wrapped or quantised already.
+            nothing, a base that trains, codes of another form. Nothing has been changed then.
+        ValueError: a model that is wrapped or quantised already, or into which something else than ``codes_of`` was
+            loaded.
     """
     chunks, quant = chunks_of(model), quant or BaseQuant()
-    plan = planned(chunks, quant, built_packed=False)
+    plan, codes = planned(chunks, quant, built_packed=False), codes_in(codes_of, quant)
     for one in plan.matrices:
         one.pack()
-    return compress(chunks, plan, quant)
+    return compress(chunks, plan, quant, codes)
+
+
+def codes_in(directory: str | os.PathLike | None, quant: BaseQuant) -> BaseCheckpoint | None:
+    """The checkpoint in a directory, if it holds codes. Collective; raises as ``check_codes``."""
+    base = None if directory is None else everywhere(lambda: BaseCheckpoint(directory))
+    if base is None or not base.coded:
+        return None
+    everywhere(lambda: check_codes(quant, base))
+    return base
 
 
 def base_quant_of(model: Any) -> BaseQuant | None:
@@ -90,6 +117,8 @@ class Matrix:
     base: FrozenLinear
     attribute: str
     """Name of the parameter in its module."""
+    expert: int | None = None
+    """Number, in the whole layer, of the expert that it is of."""
 
     @property
     def parameter(self) -> Any:
@@ -107,6 +136,11 @@ class Matrix:
         """Its projections, as rows of this shard."""
         record = record_of(self.name)
         return ROWS[record.rows](self.name, record.leaves, self.base.shape[0], self.base.config, self.base.shards)
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        """Of ``parts``, canonical."""
+        return hf_names(self.name if self.expert is None else of_expert(self.name, self.expert))
 
 
 @dataclass(frozen=True)
@@ -161,9 +195,20 @@ def matrices_of(chunk: torch.nn.Module) -> Iterator[Matrix]:
         if not is_known(leaf) or record_of(f"decoder.layers.0.{leaf}").by_name_only:
             continue
         layer: Any = modules[path[: match.end(2)]]
-        for parameter in base.parameters:
+        experts = _experts(path, base, modules)
+        for index, parameter in enumerate(base.parameters):
             attribute = next(name for name, one in module._parameters.items() if one is parameter)
-            yield Matrix(f"{match[1]}{layer.layer_number - 1}.{leaf}", base, attribute)
+            name = f"{match[1]}{layer.layer_number - 1}.{leaf}"
+            yield Matrix(name, base, attribute, None if experts is None else experts[index])
+
+
+def _experts(path: str, base: FrozenLinear, modules: dict[str, Any]) -> Sequence[int] | None:
+    """Numbers of the experts whose matrices a linear holds, in the whole layer; None: it is not of routed experts."""
+    parent, found, own = path.partition(".local_experts.")
+    if not found:
+        return base.experts
+    experts = modules[parent]
+    return [experts.ep_group.rank() * experts.num_local_experts + int(own.partition(".")[0])]
 
 
 def _check(one: Matrix, adapted: bool, built_packed: bool) -> None:
@@ -184,12 +229,20 @@ def _check(one: Matrix, adapted: bool, built_packed: bool) -> None:
     _ = one.parts  # raises for a shard that cannot be taken apart
 
 
-def compress(chunks: Sequence[torch.nn.Module], plan: Plan, quant: BaseQuant) -> QuantReport:
-    """End of loading: nest the scales of every packed matrix, and let the linears run. Collective."""
+def compress(
+    chunks: Sequence[torch.nn.Module], plan: Plan, quant: BaseQuant, codes: BaseCheckpoint | None = None
+) -> QuantReport:
+    """End of loading: nest the scales of every packed matrix, or take codes as they are, and let the linears run.
+
+    Collective. Raises ValueError where the codes are not those of what was loaded.
+    """
     linears: dict[int, tuple[torch.nn.Module, list[str]]] = {}
+    if codes is not None:
+        everywhere(lambda: _take_codes(plan.matrices, codes, quant))
     for one in plan.matrices:
-        packed = one.parameter.packed
-        packed.seal(_nested(packed.absmax, one.base, one.parts) if quant.double_quant else None)
+        if codes is None:
+            packed = one.parameter.packed
+            packed.seal(_nested(packed.absmax, one.base, one.parts) if quant.double_quant else None)
         linears.setdefault(id(one.base.module), (one.base.module, []))[1].append(one.attribute)
     for module, names in linears.values():
         hold(module, names)
@@ -203,6 +256,55 @@ def compress(chunks: Sequence[torch.nn.Module], plan: Plan, quant: BaseQuant) ->
         sum(parameter.nbytes for parameter in packed),
         plan.excluded,
     )
+
+
+def _take_codes(matrices: Sequence[Matrix], checkpoint: BaseCheckpoint, quant: BaseQuant) -> None:
+    """As ``_take`` of every one."""
+    for one in matrices:
+        _take(one, checkpoint, quant)
+
+
+def _take(one: Matrix, checkpoint: BaseCheckpoint, quant: BaseQuant) -> None:
+    """Put a checkpoint's own codes in place of those that were made of its dequantised values.
+
+    Raises:
+        UsageError: a matrix that the checkpoint does not hold in codes of this form.
+        ValueError: the values that were loaded are not those of the codes.
+    """
+    base, packed = one.base, one.parameter.packed
+    rank, device = base.tp_group.rank() if base.shards > 1 else 0, packed.codes.device
+    shape = packed.codes.shape[0], packed.codes.shape[1] * 2 // BLOCK
+    absmax = torch.empty(shape, dtype=torch.uint8 if quant.double_quant else torch.float32, device=device)
+    first = torch.empty(shape[0], dtype=torch.int32, device=device)
+    groups, means, ends, start = [], [], [], 0
+    for part, name in zip(one.parts, one.hf_names):
+        weight = in_codes(checkpoint, name, short_name(one.name), quant)
+        codes, scales = weight.stored()
+        rows, columns = part.take(packed.codes).shape
+        across, down = (rank * columns, 0) if base.parallel == "row" else (0, rank * rows)
+        across = across * 2 // BLOCK
+        whole = scales.absmax.view(weight.shape[0], -1)
+        part.put(packed.codes, codes[down : down + rows, across * BLOCK // 2 :][:, :columns].to(device))
+        part.put(absmax, whole[down : down + rows, across : across + shape[1]].to(device))
+        numbers = torch.arange(down, down + rows, dtype=torch.int32, device=device)
+        part.put(first, numbers * whole.shape[1] + across + start)
+        start += math.ceil(whole.numel() / GROUP) * GROUP
+        ends.append(start)
+        if scales.groups is not None:
+            groups.append(scales.groups.to(device))
+            means.append(scales.mean)
+    packed.rounded = torch_dtype(weight.dtype)
+    if quant.double_quant:
+        last = torch.tensor(ends, dtype=torch.int32, device=device)
+        packed.seal(nf4.Scales(absmax, first, torch.cat(groups), torch.tensor(means, device=device), last))
+    else:
+        packed.absmax = absmax
+        packed.seal(None)
+    if not torch.equal(checksum(packed.dense(one.parameter.dtype)), packed.source):
+        raise ValueError(
+            f"{one.name}: what was loaded is not what the codes in {checkpoint.directory} stand for; load the model "
+            "from that checkpoint"
+        )
 
 
 def _nested(absmax_ON: torch.Tensor, base: FrozenLinear, parts: tuple[Part, ...]) -> nf4.Scales:

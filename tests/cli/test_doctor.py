@@ -6,6 +6,7 @@ pytest tests/cli/test_doctor.py
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from launch_scripts import SCRIPTS, Machine, free_ports
@@ -116,6 +117,36 @@ def test_the_base_is_read_where_it_is(capsys, versions, tmp_path):
     assert code == 1 and "--context-parallel-size 1" in wrong(out)[0]
     _, out = doctor(capsys, "--", *words.replace(str(tmp_path), "/nowhere").split(), "--num-layers", "4")
     assert "unknown  base" in out
+
+
+MODELS = """sglang:
+  - name: judge
+    {judge}
+    server_groups: [{{worker_type: regular, num_gpus: 1}}]
+  - name: policy
+    server_groups: [{{worker_type: regular, num_gpus: 1}}]
+"""
+
+
+@pytest.mark.parametrize("judge, frozen", [("update_weights: false", True), ("model_path: other", True), ("", False)])
+def test_the_first_model_of_several_is_the_one_that_trains(capsys, versions, tmp_path, judge, frozen):
+    file = tmp_path / "models.yaml"
+    file.write_text(MODELS.format(judge=judge))
+    words = f"{GOOD} --hf-checkpoint base --sglang-config {file}".split()
+    code, out = doctor(capsys, "--", *words)
+    assert code == frozen and any("list the trained model first" in line for line in wrong(out)) == frozen
+    code, out = doctor(capsys, "--", *words, "--debug-train-only")
+    assert code == 0, "nothing rolls out"
+
+
+def test_models_that_cannot_be_looked_at(capsys, versions, tmp_path, monkeypatch):
+    words = f"{GOOD} --sglang-config {tmp_path / 'models.yaml'}".split()
+    code, out = doctor(capsys, "--", *words)
+    assert code == 0 and "unknown  models" in out and "cannot be read here (" in out
+    (tmp_path / "models.yaml").write_text(MODELS.format(judge="update_weights: false"))
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    code, out = doctor(capsys, "--", *words)
+    assert code == 0 and "unknown  models" in out and "yaml" in out
 
 
 def test_what_is_not_there_is_said(capsys, versions):

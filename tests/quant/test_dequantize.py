@@ -154,14 +154,15 @@ def test_a_start_brings_its_base(own, tmp_path):
     write_adapter(tmp_path / "peft", *adapter, base=base, base_quant=plain)
     command = ["import", "--adapter", str(tmp_path / "peft"), "--hf-checkpoint", base, "--out", str(tmp_path / "run")]
     assert main(command) == 0
-    for start in ("load", "lora_adapter_path"):
-        settings, said = prepared({**own, start: str(tmp_path / "run")})
+    for start, path in (("load", "run"), ("lora_adapter_path", "run"), ("lora_adapter_path", "peft")):
+        settings, said = prepared({**own, start: str(tmp_path / path)})
         assert settings.base_quant == plain
         assert "--lora-base-quant nf4 --no-lora-base-double-quant" in said
         with pytest.raises(UsageError, match="leave them out, or give: --lora-base-quant nf4 --no-lora-base-double-"):
-            prepared({**own, start: str(tmp_path / "run"), "lora_base_quant": "nf4"})
+            prepared({**own, start: str(tmp_path / path), "lora_base_quant": "nf4"})
 
 
+@pytest.mark.slow  # test_nf4_checkpoints.py compares the same logits without a rehearsal
 def test_a_rehearsal_on_codes(tmp_path):
     """Rollouts and training have one base: the logits agree as on a dense one."""
     quant = ("--lora-base-quant", "nf4", "--tp", "2", "--lora-base-quant-exclude", "linear_proj")

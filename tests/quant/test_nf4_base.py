@@ -17,7 +17,8 @@ import torch
 
 from slime_plugins.lora import BaseQuant
 from slime_plugins.lora.base.decoder import HFBase
-from slime_plugins.lora.cost import cost_of
+from slime_plugins.lora.cost.memory import cost_of
+from slime_plugins.lora.cost.model import Model, Split
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.quant import nf4
 from slime_plugins.lora.quant.packed import Packed
@@ -150,10 +151,9 @@ def test_what_is_said_of_the_base(pool2, oracle):
     assert packed["merged"] <= 1e-5 and packed["restored"]
     assert not torch.equal(packed["off"], plain["off"])
     assert packed["parameters"] == sum(w.numel() for w in weights.values()) // 2
-    cost = dict(num_layers=2, tied=True, tp=2, dtype="float32")
-    shapes = HFBase.read(path).shapes()
+    model, flags = Model.of(HFBase.read(path)), (nf4_runs.CONFIG, Split(tp=2))
     saved = [
-        cost_of(shapes, nf4_runs.CONFIG, **cost, base_quant=quant).lora.base_weights for quant in (None, BaseQuant())
+        cost_of(model, *flags, dtype="float32", base_quant=quant).lora.base_weights for quant in (None, BaseQuant())
     ]
     assert saved[0] - saved[1] == 4 * packed["parameters"] - packed["bytes"]  # as ``slime-lora plan`` has it
     quantised = packed["quantised"]

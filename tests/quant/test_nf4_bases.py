@@ -5,6 +5,7 @@ pytest tests/quant/test_nf4_bases.py
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import adapted
@@ -39,6 +40,11 @@ def bases(tmp_path_factory):
             tensors = load_file(file)
             tensors[name].view(-1)[3] += 1
             save_file(tensors, file, {"format": "pt"})
+    shutil.copytree(work / "dense", work / "dense-noted-nowhere")
+    (work / "dense-noted-nowhere" / "slime_lora_base.json").unlink()
+    shutil.copytree(path, work / "source-fp8")
+    config = json.loads((path / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (work / "source-fp8" / "config.json").write_text(json.dumps(config))
     return path, work
 
 
@@ -78,8 +84,11 @@ def test_the_right_base_and_no_other(pool2, bases, tmp_path):
         assert fingerprint.pop("quantization") == BaseQuant().to_dict()
         assert fingerprint == fingerprint_of_hf(BaseCheckpoint(path), "bfloat16", range(2))
         assert {key for key, error in said.items() if not error} == {
-            *("export source", "export dense", "import source", "import dense", "engines dense")
+            *("export source", "export dense", "export dense-noted-nowhere", "import source", "import dense"),
+            *("engines dense", "engines dense-noted-nowhere"),
         }
+        for end in ("export", "engines"):
+            assert "its weights are stored as fp8, which no 4-bit base is made of" in said[f"{end} source-fp8"]
         assert "base weights differ in 1 of 2 layers compared, from layer 1" in said["export source-matrix"]
         assert "base weights differ in 1 of 2 layers compared, from layer 1" in said["export dense-matrix"]
         assert "norms or biases of the base differ in 1 layers, from layer 0" in said["export source-norm"]
@@ -88,7 +97,6 @@ def test_the_right_base_and_no_other(pool2, bases, tmp_path):
         assert "not for this base: base weights differ in 1 of 2" in said["other source"]
         assert "not for this base: base weights differ in 1 of 2" in said["other dense"]
     assert AdapterTensors(tmp_path / "source" / "adapter_model.safetensors").base_quant == BaseQuant()
-    assert (
-        AdapterTensors(tmp_path / "dense" / "adapter_model.safetensors").base_quant is None
-    )  # there it lies on dense weights
+    for kind in ("dense", "dense-noted-nowhere"):  # there it lies on dense weights
+        assert AdapterTensors(tmp_path / kind / "adapter_model.safetensors").base_quant is None
     assert "nf4 while it was trained" in table(verify_adapter(tmp_path / "source", path))

@@ -5,17 +5,26 @@ pytest tests/quant/test_nf4_slime.py
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import nf4_oracle
 import nf4_slime_runs
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from slime_plugins.lora import BaseQuant, LoRAConfig
+from slime_plugins.lora.adapters import remember
 from slime_plugins.lora.base.merge import merge_checkpoint
 from slime_plugins.lora.checkpoint.reader import AdapterCheckpoint
 from slime_plugins.lora.cli import main
 from slime_plugins.lora.cli.verify import table
+from slime_plugins.lora.peft.directory import write_adapter
+from slime_plugins.lora.peft.form import to_peft
 from slime_plugins.lora.peft.verify import verify_adapter
+from slime_plugins.lora.projections import Projection
+from slime_plugins.lora.slime.hooks import checkpoints, metrics
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +97,89 @@ def test_loaded_in_parts(pool2, bases, tmp_path):
     assert [name for name, weight in found.items() if not torch.equal(weight, expected[f"{name}.weight"])] == []
 
 
+def test_memory_while_loading(pool1, tmp_path_factory, tmp_path):
+    """Above the packed base, as much as a few of its matrices: the one on the host, and what is made of it."""
+    sizes = dict(num_layers=12, hidden=1024, num_heads=16, num_kv_heads=8, head_dim=64, ffn=3072)
+    path = nf4_oracle.checkpoint(tmp_path_factory, dtype=torch.bfloat16, **sizes)
+    above, packed, largest, dense = pool1.run(nf4_slime_runs.loading_peak, path, tmp_path)[0]
+    print(f"{above >> 20} MiB above the packed {packed >> 20}; largest {largest >> 20}, all dense {dense >> 20}")
+    assert packed <= 0.52 * dense / 2
+    assert above <= 8 * largest < dense / 2  # its halves, fused, and what encoding and summing take
+
+
 def test_excluded(pool1, bases, tmp_path):
     path, _ = bases(torch.float32)
     packed, logits = pool1.run(nf4_slime_runs.excluded, path, tmp_path)[0]
     assert packed == ["linear_fc2", "linear_proj", "linear_qkv"] and not logits.isnan().any()
+
+
+def test_what_no_4_bit_base_is_made_of(pool1, bases, tmp_path):
+    """Said before a weight is read: FP8, weights that are dequantised already, codes that this slime cannot read."""
+    path, _ = bases(torch.bfloat16)
+    assert main(["dequantize", "--hf-checkpoint", str(path), "--out", str(tmp_path / "dequantised")]) == 0
+    shutil.copytree(path, tmp_path / "fp8")
+    config = json.loads((path / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
+    codes = nf4_oracle.saved_in_codes(path, tmp_path / "codes")
+    directories = [tmp_path / "fp8", tmp_path / "dequantised", codes]
+    said = pool1.run(nf4_slime_runs.refused_bases, path, directories, tmp_path)[0]
+    for error, words in zip(
+        said,
+        (
+            "is quantised already (fp8), of which no 4-bit base is made; give the dense checkpoint",
+            "weights that have been through 4-bit codes, and other codes would be made of them; drop",
+            "holds NF4 codes, which slime before v0.3.1 cannot read; write its weights with `slime-lora dequantize`",
+        ),
+        strict=True,
+    ):
+        assert error.startswith("UsageError: ") and words in error
+
+
+def test_engines_on_another_base_are_said_at_the_first_step(caplog, monkeypatch):
+    """Once, and on a 4-bit base alone."""
+
+    monkeypatch.setattr(metrics, "measure", lambda model: {})  # what it measures is no matter here
+
+    def warned(difference, model):
+        caplog.clear()
+        losses = {} if difference is None else {"train_rollout_logprob_abs_diff": torch.tensor(difference)}
+        step = metrics.measuring(lambda model: (losses, "norm"))
+        assert step(model=[model])[1] == "norm"
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    def model(quant):
+        chunk = torch.nn.Module()
+        remember([chunk], LoRAConfig())
+        chunk.lora_base_quant = quant
+        return chunk
+
+    packed = model(BaseQuant())
+    assert warned(None, packed) == []  # a pipeline stage without losses, or slime without rollouts
+    (said,) = warned(0.587, packed)
+    assert "train_rollout_logprob_abs_diff is 0.587 at the first step, more than the 0.1" in said
+    assert warned(0.587, packed) == []
+    right = model(BaseQuant())
+    assert warned(0.009, right) == [] and warned(0.587, right) == []
+    assert warned(0.587, model(None)) == []
+
+
+def test_an_adapter_of_a_4_bit_base_on_another(bases, tmp_path, caplog, monkeypatch):
+    """--lora-adapter-path PEFT: what the adapter notes of its base is compared with the base that is here."""
+    path, _ = bases(torch.bfloat16)
+    adapter = to_peft(
+        [Projection("model.layers.0.self_attn.q_proj", torch.ones(2, 192), torch.ones(256, 2), 1.0)], path
+    )
+    monkeypatch.setattr("slime_plugins.lora.ends.import_.import_peft", lambda model, path: None)
+    for noted, here, warned in (
+        (BaseQuant(), None, 1),
+        (BaseQuant(), BaseQuant(), 0),
+        (BaseQuant(), BaseQuant(double_quant=False), 1),
+        (None, BaseQuant(), 0),
+    ):
+        write_adapter(tmp_path / "peft", *adapter, base=path, base_quant=noted)
+        caplog.clear()
+        model = torch.nn.Module()
+        model.lora_base_quant = here
+        checkpoints._start_from([model], str(tmp_path / "peft"))
+        said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len(said) == warned and all("trained on a base in 4 bits" in text for text in said)

@@ -42,6 +42,20 @@ def peft_model(hf_dir, dtype=torch.float32, double_quant=True, **kwargs):
     return reference.peft_model(hf_dir, rank=RANK, alpha=ALPHA, dtype=dtype, bnb=bnb, **kwargs).train()
 
 
+def saved_in_codes(hf_dir, out: Path, dtype=torch.bfloat16, double_quant=True, skip=(), **config) -> Path:
+    """What transformers + bitsandbytes write of a model that they have quantised."""
+    from transformers import AutoModelForCausalLM
+
+    bnb = bnb_config(double_quant, dtype, skip)
+    vars(bnb).update(config)
+    AutoModelForCausalLM.from_pretrained(
+        hf_dir, dtype=dtype, quantization_config=bnb, device_map={"": "cpu"}
+    ).save_pretrained(out)
+    for file in hf_dir.glob("tokenizer*"):
+        shutil.copyfile(file, out / file.name)
+    return out
+
+
 def dequantised(model) -> dict[str, torch.Tensor]:
     """Hugging Face name -> weight, by bitsandbytes, of every 4-bit linear of a transformers model."""
     from bitsandbytes.functional import dequantize_4bit

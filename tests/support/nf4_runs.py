@@ -27,12 +27,14 @@ NF4 = BaseQuant()
 CONFIG = LoRAConfig(rank=nf4_oracle.RANK, alpha=nf4_oracle.ALPHA)
 
 
-def chunks_of(layout: Layout, hf_dir, *, quant=NF4, config=CONFIG, first="quantize", build=build_chunks, **kwargs):
+def chunks_of(
+    layout: Layout, hf_dir, *, quant=NF4, config=CONFIG, first="quantize", build=build_chunks, codes_of=None, **kwargs
+):
     """Adapted chunks on a packed base (``quant`` None: on the dense one), and the reports."""
     reports = []
 
     def apply(chunks):
-        steps = [lambda: quantize_base(chunks, quant)] if quant is not None else []
+        steps = [lambda: quantize_base(chunks, quant, codes_of=codes_of)] if quant is not None else []
         steps.append(lambda: apply_lora(chunks, config))
         for step in steps if first == "quantize" else reversed(steps):
             reports.append(step())
@@ -79,9 +81,9 @@ def train(layout: Layout, hf_dir, quant, steps):
     )
 
 
-def weights(layout: Layout, hf_dir, quant=NF4, dtype=torch.float32) -> dict[str, torch.Tensor]:
+def weights(layout: Layout, hf_dir, quant=NF4, dtype=torch.float32, codes_of=None) -> dict[str, torch.Tensor]:
     """Hugging Face name -> whole weight as it multiplies, of this pipeline stage."""
-    return whole_weights(chunks_of(layout, hf_dir, quant=quant, dtype=dtype)[0])
+    return whole_weights(chunks_of(layout, hf_dir, quant=quant, dtype=dtype, codes_of=codes_of)[0])
 
 
 def weights_of_statistics_per_shard(layout: Layout, *args):

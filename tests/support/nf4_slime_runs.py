@@ -197,6 +197,61 @@ def loaded_in_parts(layout: Layout, hf_dir, work):
     return whole_weights(model)
 
 
+def from_codes(layout: Layout, hf_dir, work, *flags):
+    """Whole weights of a model that was loaded from a checkpoint in codes, and what slime's reader gave of it."""
+    name, given = "slime.backends.megatron_utils.hf_to_megatron.common", {}
+    args = arguments(hf_dir, work, *flags)
+    reader = type("SafetensorReader", (), {"get_tensor": lambda self, name: f"slime's {name}"})
+    common = slime_stand_ins.module(name, SafetensorReader=reader)
+    model, optimizer = build(layout, args, torch.bfloat16)
+    read = rehearsal.load_base
+
+    def load_base(*args):
+        given.update({name: common.SafetensorReader().get_tensor(f"{name}.weight") for name in CODED})
+        read(*args)
+
+    rehearsal.load_base = load_base
+    try:
+        load(args, model, optimizer)
+    finally:
+        rehearsal.load_base = read
+    assert common.SafetensorReader().get_tensor("x") == "slime's x"
+    return whole_weights(model), given
+
+
+CODED = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj", "model.norm")
+
+
+def loading_peak(layout: Layout, hf_dir, work):
+    """Bytes of this process: the most while slime loads, above what is there when it has; the packed base; the largest
+    dense matrix; all of them dense."""
+    args = arguments(hf_dir, work)
+    model, optimizer = build(layout, args, torch.bfloat16)
+    packed = [p for p in model[0].module.parameters() if isinstance(p, PackedWeight)]
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the most so far is what there is now
+    load(args, model, optimizer)
+    peak, after = _resident("VmHWM"), _resident("VmRSS")
+    codes = sum(p.packed.nbytes for p in packed)
+    return peak - after, codes, max(p.nbytes for p in packed), sum(p.nbytes for p in packed)
+
+
+def _resident(which: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(which)) * 1024
+
+
+def refused_bases(layout: Layout, hf_dir, directories, work):
+    """What is said of each in place of the base."""
+    said = []
+    for directory in directories:
+        args = arguments(hf_dir, work)
+        model, optimizer = build(layout, args, torch.bfloat16)
+        args.load = str(directory)
+        said.append(_raised(lambda args=args, model=model, optimizer=optimizer: load(args, model, optimizer)))
+    return said
+
+
 def incomplete(layout: Layout, hf_dir, work, leave_out: str):
     args = arguments(hf_dir, work)
     model, optimizer = build(layout, args)

@@ -17,19 +17,19 @@ from megatron.core import parallel_state as mpu
 
 def install(args: Namespace | None = None) -> types.ModuleType:
     """Put the stand-ins where imports find them. Returns the module that stands for slime's ``common``."""
-    common = _module(
+    common = module(
         "slime.backends.megatron_utils.update_weight.common",
         all_gather_param=all_gather_param,
         named_params_and_buffers=named_params_and_buffers,
     )
-    _module("slime.utils.distributed_utils", get_gloo_group=lambda: dist.group.WORLD)
-    _module("torch_memory_saver", torch_memory_saver=types.SimpleNamespace(get_cpu_backup=_no_backup))
-    _module("megatron.training.global_vars", get_args=lambda: args)
+    module("slime.utils.distributed_utils", get_gloo_group=lambda: dist.group.WORLD)
+    module("torch_memory_saver", torch_memory_saver=types.SimpleNamespace(get_cpu_backup=_no_backup))
+    module("megatron.training.global_vars", get_args=lambda: args)
     sys.modules["ray"] = ray_stand_in.module(nodes=2)
     return common
 
 
-def _module(name: str, **attributes) -> types.ModuleType:
+def module(name: str, **attributes) -> types.ModuleType:
     parts = name.split(".")
     for i in range(1, len(parts)):
         if ".".join(parts[:i]) not in sys.modules:

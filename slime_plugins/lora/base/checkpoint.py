@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slime_plugins.lora.base.coded import Coded, in_matrices
 from slime_plugins.lora.base.spelling import CANONICAL_LAYERS, LAYER_PREFIXES, SPELLINGS, module_name, text_name
 from slime_plugins.lora.base.stacks import StackedExpert, stacked_experts
 from slime_plugins.lora.errors import UsageError
@@ -38,6 +39,9 @@ _SAMPLE = 4096  # bytes from the start of each tensor that go into the fingerpri
 class BaseCheckpoint:
     """Names and shapes of a base model's weights, and their values when asked for.
 
+    Attributes:
+        weights: by name; a matrix that is stored in NF4 codes (bitsandbytes) as the dense one that it stands for.
+
     Raises:
         UsageError: the directory is not a Hugging Face checkpoint with safetensors.
         ValueError, OSError: a file of it is damaged or missing.
@@ -46,7 +50,10 @@ class BaseCheckpoint:
     def __init__(self, directory: str | os.PathLike):
         self.directory = Path(directory)
         self.config = self._config()
-        self.weights: dict[str, Stored] = self._weights()
+        tensors = self._tensors()
+        self.files = list(dict.fromkeys(tensor.file for tensor in tensors.values()))
+        """Those that hold weights."""
+        self.weights: dict[str, Stored] = in_matrices(tensors)
         self._names: dict[str, dict[str, str]] = {}
 
     @classmethod
@@ -54,10 +61,18 @@ class BaseCheckpoint:
         """The checkpoint itself, or that of a directory."""
         return base if isinstance(base, BaseCheckpoint) else cls(base)
 
+    @cached_property
+    def coded(self) -> dict[str, Coded]:
+        """Those of ``weights`` that are stored in NF4 codes."""
+        return {name: weight for name, weight in self.weights.items() if isinstance(weight, Coded)}
+
     @property
-    def files(self) -> list[Path]:
-        """The files that hold weights."""
-        return list(dict.fromkeys(weight.file for weight in self.weights.values()))
+    def quantised(self) -> str | None:
+        """What its config says that its weights are stored as, where they are not read here; None: they are read."""
+        config = self.config.get("quantization_config")
+        if config is None or self.coded:
+            return None
+        return str(config.get("quant_method", "no method named")) if isinstance(config, dict) else "no method named"
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -161,7 +176,7 @@ class BaseCheckpoint:
         return int(number) if number.isascii() and number.isdecimal() and len(number) < 6 else None
 
     def linear_shape(self, module: str) -> tuple[int, int] | None:
-        """[out, in] of a linear, by this base's name; None when it has no such module, or holds it packed (4-bit)."""
+        """[out, in] of a linear, by this base's name; None when it has no such module, or holds it in other codes."""
         if module in self.stacks:
             return self.stacks[module].shape
         weight = self.weights.get(f"{module}.weight")
@@ -237,7 +252,7 @@ class BaseCheckpoint:
             raise ValueError(f"{path}: text_config is {config['text_config']!r:.80}, expected an object")
         return config
 
-    def _weights(self) -> dict[str, Stored]:
+    def _tensors(self) -> dict[str, Stored]:
         weights: dict[str, Stored] = {}
         files, named = self._files()
         for path in files:

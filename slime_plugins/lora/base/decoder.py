@@ -6,6 +6,7 @@ process starts.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ ARCHITECTURES = {
 }
 _LARGEST = 2**31 - 1
 """Of any size in a config."""
-_MOST_LAYERS = 10_000
+MOST_LAYERS = 10_000
 """Every layer has its names written out."""
 
 
@@ -47,6 +48,8 @@ class HFBase:
     tied: bool
     """The output layer is the embedding."""
     max_positions: int
+    coded: bool = False
+    """Its files hold matrices in bitsandbytes' NF4 codes."""
 
     @property
     def qkv_bias(self) -> bool:
@@ -67,6 +70,7 @@ class HFBase:
         """
         checkpoint = BaseCheckpoint(path)
         base = cls._from_config(checkpoint.config, Path(path))
+        base = dataclasses.replace(base, coded=bool(checkpoint.coded))
         base._check_tensors({name: weight.shape for name, weight in checkpoint.weights.items()})
         return base
 
@@ -78,17 +82,16 @@ class HFBase:
         named = config.get("architectures")
         architecture = named[0] if isinstance(named, list) and named else None
         if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-            raise ValueError(
-                f"{config_file}: architecture {architecture!s:.80} is not supported, only {', '.join(ARCHITECTURES)}"
-            )
+            known = ", ".join(ARCHITECTURES)
+            raise ValueError(f"{config_file}: architecture {architecture!s:.80} is not supported, only {known}")
         _refuse_unsupported(config, config_file, architecture)
         theta, llama3_rope = _rope(config, config_file)
-        read = _Sizes(config, config_file)
+        read = Sizes(config, config_file)
         hidden, num_heads = read.size("hidden_size"), read.size("num_attention_heads")
         return cls(
             path=path,
             architecture=architecture,
-            num_layers=read.size("num_hidden_layers", most=_MOST_LAYERS),
+            num_layers=read.size("num_hidden_layers", most=MOST_LAYERS),
             hidden=hidden,
             ffn=read.size("intermediate_size"),
             num_heads=num_heads,
@@ -173,12 +176,30 @@ def _refuse_unsupported(config: dict, config_file: Path, architecture: str) -> N
         ("use_sliding_window", False),
         ("mlp_bias", False),
         ("attention_bias", False),
-        ("quantization_config", None),
     ):
         if key == "attention_bias" and architecture == "Qwen2ForCausalLM":
             continue
         if config.get(key, supported) != supported:
             raise ValueError(f"{config_file}: {key} = {config[key]!r:.80} is not supported, only {supported!r}")
+    refuse_quantised(config.get("quantization_config"), config_file)
+
+
+def refuse_quantised(quantization: Any, config_file: Path) -> None:
+    """Of what a config says that weights are stored as, only bitsandbytes' NF4 is read (``base.coded``)."""
+    if quantization is None:
+        return
+    told = quantization if isinstance(quantization, dict) else {}
+    if told.get("quant_method") != "bitsandbytes" or not told.get("load_in_4bit"):
+        raise ValueError(
+            f"{config_file}: quantization_config = {quantization!r:.80} is not supported; give the dense checkpoint, "
+            "or one in bitsandbytes' nf4"
+        )
+    form = told.get("bnb_4bit_quant_type")
+    if form != "nf4":
+        raise ValueError(
+            f"{config_file}: bnb_4bit_quant_type is {form!r:.80}, and nf4 alone is read (QLoRA's form, and more exact "
+            "at the same size); quantise the dense checkpoint with nf4, or give that"
+        )
 
 
 def _rope(config: dict, config_file: Path) -> tuple[float, dict | None]:
@@ -186,7 +207,7 @@ def _rope(config: dict, config_file: Path) -> tuple[float, dict | None]:
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise ValueError(f"{config_file}: rope parameters are {scaling!r:.80}, expected an object")
-    read = _Sizes(scaling | {"rope_theta": scaling.get("rope_theta", config.get("rope_theta"))}, config_file)
+    read = Sizes(scaling | {"rope_theta": scaling.get("rope_theta", config.get("rope_theta"))}, config_file)
     theta = read.number("rope_theta", 10000.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
@@ -200,7 +221,7 @@ def _rope(config: dict, config_file: Path) -> tuple[float, dict | None]:
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """Reads numbers out of a config that may hold anything. Each raises ValueError naming file, key and value."""
 
     config: dict[str, Any]

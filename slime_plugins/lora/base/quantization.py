@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.names import hf_names, megatron_name, record_of
+from slime_plugins.lora.names import hf_names, in_experts, megatron_name, record_of
 from slime_plugins.lora.targets import Targets, check_all_matched, short_name
 
 FORMS = ("nf4",)
@@ -154,20 +154,24 @@ def dense_modules(quant: BaseQuant, hf_linears: Iterable[str], *, mla: bool = Fa
     return found
 
 
-def check_checkpoint(quant: BaseQuant, shapes: Mapping[str, tuple[int, ...]], *, tp: int = 1) -> None:
-    """Before anything is loaded: does every linear of a dense model divide into blocks, as it is cut?
+def check_checkpoint(
+    quant: BaseQuant, shapes: Mapping[str, tuple[int, ...]], *, tp: int = 1, etp: int = 1, mla: bool = False
+) -> None:
+    """Before anything is loaded: does every linear of a model divide into blocks, as it is cut?
 
     Args:
-        shapes: Hugging Face name -> [out, in] of every decoder linear.
+        shapes: Hugging Face name -> [out, in] of every decoder linear; of stacked experts [experts, out, in].
+        tp, etp: into how many shards dense linears and experts are cut.
+        mla: the model has latent attention.
     Raises:
         UsageError: it does not, or an ``exclude`` that names nothing.
     """
-    dense = set(dense_modules(quant, shapes))
-    for name, (_, columns) in shapes.items():
-        owner = megatron_name(name)[0]
-        shards = tp if record_of(owner).parallel == "row" else 1
+    dense = set(dense_modules(quant, shapes, mla=mla))
+    for name, shape in shapes.items():
+        owner = megatron_name(name, mla=mla)[0]
+        shards = (etp if in_experts(owner) else tp) if record_of(owner).parallel == "row" else 1
         if name not in dense:
-            check_blocks(owner, columns // shards, shards)
+            check_blocks(owner, shape[-1] // shards, shards)
 
 
 def check_blocks(name: str, columns: int, shards: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -13,7 +14,7 @@ import torch
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.files.atomic import replaced_directory
-from slime_plugins.lora.files.safetensors import Stored
+from slime_plugins.lora.files.safetensors import Stored, header_of, size_of
 
 _COPY_BYTES = 1 << 24
 # Suffixes of weights in forms that are not rewritten, and names of an adapter beside the base: not copied.
@@ -30,7 +31,7 @@ def rewrite(
 ) -> None:
     """Write the copy, whole or not at all: one tensor in memory at a time.
 
-    Files, index, tensor order, shapes and dtypes stay those of the base.
+    Files, index, tensor order, shapes and dtypes stay those of the base. The copy of one that holds codes is dense.
 
     Args:
         names: of the tensors that change.
@@ -48,13 +49,41 @@ def rewrite(
             if entry.is_file() and other and not entry.name.startswith("."):
                 _check_link(entry)
                 shutil.copyfile(entry, new / entry.name)
-        for file in sorted(base.files):
+        if base.coded:
+            _write_dense(base, new, names, change)
+        for file in [] if base.coded else sorted(base.files):
             weights = {n: w for n, w in base.weights.items() if w.file == file and n in names}
             first = next(weight for weight in base.weights.values() if weight.file == file)
             with first.open() as source, open(new / file.name, "wb") as target:
                 _rewrite_file(source, target, weights, change)
         if inspect is not None:
             inspect(new)
+
+
+def _write_dense(base: BaseCheckpoint, new: Path, names: Collection[str], change: Callable) -> None:
+    """The weights of a base that holds codes, each in the file where its codes were, and what speaks of them."""
+    weight_map: dict[str, str] = {}
+    for file in sorted(base.files):
+        weights = {name: weight for name, weight in base.weights.items() if weight.file == file}
+        weight_map |= dict.fromkeys(weights, file.name)
+        with open(new / file.name, "wb") as target:
+            target.write(header_of({name: (weight.dtype, weight.shape) for name, weight in weights.items()}))
+            for name, weight in weights.items():
+                before = weight.read()
+                target.write(_bytes(name, before, change(name, before) if name in names else before))
+    config = {key: value for key, value in base.config.items() if key != "quantization_config"}
+    (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    index = new / "model.safetensors.index.json"
+    if index.exists():
+        total = sum(size_of(weight.dtype, weight.shape) for weight in base.weights.values())
+        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _bytes(name: str, before: torch.Tensor, after: torch.Tensor) -> memoryview:
+    if after.shape != before.shape or after.dtype != before.dtype:
+        raise ValueError(f"{name}: {before.dtype} {list(before.shape)} became {after.dtype} {list(after.shape)}")
+    return after.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _check_link(entry: Path) -> None:
@@ -70,10 +99,7 @@ def _rewrite_file(source: BinaryIO, target: BinaryIO, weights: Mapping[str, Stor
     for name, weight in sorted(weights.items(), key=lambda item: item[1].start):
         _copy(source, target, weight.start - source.tell())
         before = weight.read()
-        after = change(name, before)
-        if after.shape != before.shape or after.dtype != before.dtype:
-            raise ValueError(f"{name}: {before.dtype} {list(before.shape)} became {after.dtype} {list(after.shape)}")
-        target.write(after.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        target.write(_bytes(name, before, change(name, before)))
         source.seek(weight.end)
     _copy(source, target, None)
 

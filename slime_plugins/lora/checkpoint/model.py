@@ -17,6 +17,7 @@ from megatron.core.utils import get_model_config
 from slime_plugins.lora.adapters import base_parameters, iter_adapters, iter_carriers, state_of
 from slime_plugins.lora.base import fingerprint
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.base.sums import sums_of_files
 from slime_plugins.lora.checkpoint.storage import Shard, TensorReader
 from slime_plugins.lora.files.regular import identity
@@ -276,31 +277,48 @@ def parallelism() -> dict[str, int]:
 def other_base(model, hf_checkpoint: str | os.PathLike, *, as_served: bool | None = None) -> list[str]:
     """What tells the base of a model from that of a Hugging Face directory; [] if nothing that both sides know does.
 
-    Every file of the directory is read once, the first time, each by one rank. A quantised directory is not
-    comparable: [].
+    Every file of the directory is read once, the first time, each by one rank. A directory that is quantised in a form
+    that is not read is not comparable: [], but no base of a 4-bit model.
 
     Args:
-        as_served: of a 4-bit base, compare its dequantised weights, and not those that it was made of. Default: where
-            the directory was written by ``slime-lora dequantize``.
+        as_served: of a 4-bit base, compare its dequantised weights, and not those that it was made of. Default: it may
+            be either.
     Collectives:
         those of ``fingerprint_of_model``, a broadcast_object_list, some all_gather_object over the world.
     Raises:
         UsageError, ValueError, OSError: on every rank, a directory that is none, or is damaged.
     """
     base = everywhere(lambda: BaseCheckpoint(hf_checkpoint))
-    if base.config.get("quantization_config") is not None:
-        return []
-    if as_served is None:
-        as_served = on_rank_0(lambda: is_dequantised(base.directory))
+    quant = base_quant_of(model)
+    if base.quantised is not None:
+        return [] if quant is None else [f"its weights are stored as {base.quantised}, which no 4-bit base is made of"]
+    if quant is None or as_served is not None:
+        return _differences(model, base, of_source=not as_served)
+    made_of = _differences(model, base, of_source=True)
+    served = _differences(model, base, of_source=False) if made_of else []
+    return served and (served if on_rank_0(lambda: is_dequantised(base.directory)) else made_of)
+
+
+def stored_as(model, hf_checkpoint: str | os.PathLike) -> BaseQuant | None:
+    """What a directory's weights, those of the model's base, must be stored as to be that base; None: as they are.
+
+    Collectives, errors: those of ``other_base``.
+    """
+    quant = base_quant_of(model)
+    if quant is None or everywhere(lambda: BaseCheckpoint(hf_checkpoint)).coded:
+        return quant
+    return quant if other_base(model, hf_checkpoint, as_served=True) else None
+
+
+def _differences(model, base: BaseCheckpoint, *, of_source: bool) -> list[str]:
     # What it is stored as while training is no fact of the files.
-    ours = {**_remembered(model, of_source=not as_served), "quantization": None}
-    state = state_of(model)
-    about = on_rank_0(lambda: (ours, [(str(path), identity(os.stat(path))) for path in base.files]))
+    ours = {**_remembered(model, of_source=of_source), "quantization": None}
+    state, layers = state_of(model), [int(number) for number in ours["layers"]]
+    about = on_rank_0(lambda: (ours["dtype"], layers, [(str(path), identity(os.stat(path))) for path in base.files]))
     if state.compared is None or state.compared[0] != about:
         world = dist.get_world_size() if dist.is_initialized() else 1
         mine = everywhere(lambda: sums_of_files(base, ours["dtype"], base.files[rank() :: world]))
         sums = {name: found for part in all_gather(mine) for name, found in part.items()}
-        layers = [int(number) for number in ours["layers"]]
         theirs = everywhere(lambda: fingerprint.fingerprint_of_hf(base, ours["dtype"], layers, sums))
-        state.compared = about, fingerprint.differences(theirs, ours)
-    return state.compared[1]
+        state.compared = about, theirs
+    return fingerprint.differences(state.compared[1], ours)

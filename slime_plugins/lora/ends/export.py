@@ -11,7 +11,7 @@ import torch
 
 from slime_plugins.lora.adapters import config_of, iter_adapters, iter_token_rows, refuse_trained_base
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
-from slime_plugins.lora.checkpoint.model import other_base
+from slime_plugins.lora.checkpoint.model import other_base, stored_as
 from slime_plugins.lora.layers import LoRALinear
 from slime_plugins.lora.names import in_experts
 from slime_plugins.lora.parallel import everywhere, expert_group, gather_on_first, pipeline_group, rank
@@ -19,8 +19,6 @@ from slime_plugins.lora.peft.directory import write_adapter
 from slime_plugins.lora.peft.form import to_peft
 from slime_plugins.lora.peft.rows import LEAVES, VocabularyRows, with_rows
 from slime_plugins.lora.projections import Projection
-from slime_plugins.lora.quant.dequantize import is_dequantised
-from slime_plugins.lora.quantize import base_quant_of
 
 
 def export_peft(
@@ -46,6 +44,7 @@ def export_peft(
     different = other_base(model, hf_checkpoint)
     if different:
         raise ValueError(f"{hf_checkpoint} is not the base of this model: {'; '.join(different)}")
+    quant = stored_as(model, hf_checkpoint)
     projections, rows = gather_projections(model), gather_rows(model)
 
     def write() -> None:
@@ -57,7 +56,6 @@ def export_peft(
                 adapter = to_peft(projections, base, dropout=config_of(model).dropout, moe_format=moe_format)
             adapter = with_rows(adapter, rows, base) if rows else adapter
             assert adapter is not None
-            quant = None if is_dequantised(hf_checkpoint) else base_quant_of(model)
             write_adapter(out_dir, *adapter, base=hf_checkpoint, base_quant=quant)
 
     everywhere(write)

@@ -6,9 +6,11 @@ tensors without a gap. Torch is imported when a tensor is read, so that names an
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -49,6 +51,31 @@ _LARGEST = 2**63 - 1
 """What torch can count."""
 _METADATA = "__metadata__"
 _LFS = b"version https://git"
+
+
+def torch_dtype(dtype: str) -> torch.dtype | None:
+    """Of a name as safetensors writes it; None where this torch has none of that kind."""
+    import torch
+
+    return getattr(torch, _DTYPES[dtype][1] or "", None)
+
+
+def size_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor."""
+    return math.prod(shape) * _DTYPES[dtype][0] // 8
+
+
+def header_of(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
+    """What a file begins with whose data are these tensors, name -> dtype and shape, one after the other."""
+    entries: dict[str, dict] = {_METADATA: {"format": "pt"}}
+    at = 0
+    for name, (dtype, shape) in tensors.items():
+        end = at + size_of(dtype, shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # as safetensors does, for alignment
+    return struct.pack("<Q", len(text)) + text
 
 
 @dataclass(frozen=True)
@@ -107,7 +134,7 @@ class Stored:
         """The tensor, or that many of its rows, whose bytes these are; it lives in ``data``."""
         import torch
 
-        dtype = getattr(torch, _DTYPES[self.dtype][1] or "", None)
+        dtype = torch_dtype(self.dtype)
         if dtype is None:
             raise ValueError(f"{self.file}: holds {self.dtype} values, which this torch cannot read")
         shape = self.shape if rows is None else (rows, *self.shape[1:])

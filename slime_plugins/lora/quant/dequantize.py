@@ -23,20 +23,27 @@ RECORD = "slime_lora_base.json"
 def dequantize_checkpoint(hf_checkpoint: str | os.PathLike, out: str | os.PathLike, quant: BaseQuant) -> int:
     """Write a copy in which every decoder linear has been through the codes. Returns how many.
 
-    The values are those of a model that is quantised in the checkpoint's own dtype.
+    The values are those of a model that is quantised in the checkpoint's own dtype. Of a checkpoint that holds codes
+    (bitsandbytes' NF4), its own; ``quant`` is then what nobody has asked for.
 
     Raises:
-        UsageError: no checkpoint there, ``out`` holds something, a linear that does not divide into blocks.
-        ValueError: a base that is quantised already.
+        UsageError: no checkpoint there, ``out`` holds something, a linear that does not divide into blocks, a form
+            for one that holds codes.
+        ValueError: a base that is quantised otherwise.
     """
     base = BaseCheckpoint(hf_checkpoint)
-    names = packed_weights(base, quant)
+    if base.coded and quant != BaseQuant():
+        raise UsageError(
+            f"{base.directory} holds codes already, and they say what they are; drop the flags of a 4-bit base"
+        )
+    names = list(base.coded) or packed_weights(base, quant)
 
     def note(new: Path) -> None:
-        record = {"base_quant": quant.to_dict(), "made_from": base.fingerprint}
+        record = {"base_quant": None if base.coded else quant.to_dict(), "made_from": base.fingerprint}
         (new / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
-    rewrite(base, Path(out), set(names), through_codes(quant, names), inspect=note)
+    change = (lambda name, weight: weight) if base.coded else through_codes(quant, names)
+    rewrite(base, Path(out), set(names), change, inspect=note)
     return len(names)
 
 
@@ -62,10 +69,8 @@ def through_codes(quant: BaseQuant, names: Iterable[str]) -> Callable[[str, torc
 
 def packed_weights(base: BaseCheckpoint, quant: BaseQuant) -> list[str]:
     """Names of the tensors of a checkpoint that ``quant`` stores as codes. Raises as ``dequantize_checkpoint``."""
-    config = base.config.get("quantization_config")
-    if config is not None:
-        method = config.get("quant_method") if isinstance(config, dict) else None
-        raise ValueError(f"{base.directory} is quantised already ({method}); give the dense checkpoint")
+    if base.quantised is not None:
+        raise ValueError(f"{base.directory} is quantised already ({base.quantised}); give the dense checkpoint")
     linears = decoder_linears(base)
     dense = set(dense_modules(quant, linears, mla=base.mla))
     names = [name for name in linears if name not in dense]

@@ -29,6 +29,8 @@ class Packed:
         scales: nested; None before.
         source: int64 [2], ``fingerprint.checksum`` of the values that were quantised: they say which base it is.
         override: a dense matrix that stands in for the codes (``PackedWeight.replaced``).
+        rounded: the dtype that dequantised values are rounded to first: of codes out of a checkpoint, the one in which
+            they were made; None: the one that is asked for.
     """
 
     def __init__(self, codes: torch.Tensor, absmax: torch.Tensor | None, source: torch.Tensor) -> None:
@@ -36,6 +38,7 @@ class Packed:
         self.scales: nf4.Scales | None = None
         self.loaded, self.sealed = True, False
         self.override: torch.Tensor | None = None
+        self.rounded: torch.dtype | None = None
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> Packed:
@@ -57,7 +60,7 @@ class Packed:
             return self.override
         absmax = self.absmax if self.scales is None else self.scales.decode()
         assert absmax is not None
-        return nf4.decode(self.codes, absmax, dtype)
+        return nf4.decode(self.codes, absmax, self.rounded or dtype).to(dtype)
 
     def seal(self, scales: nf4.Scales | None) -> None:
         """End of loading: from here on the matrix does not change. ``scales``: nested; None keeps the plain ones."""
@@ -69,7 +72,7 @@ class Packed:
         """Another one, of ``fn`` of every tensor."""
         other = Packed(fn(self.codes), None if self.absmax is None else fn(self.absmax), fn(self.source))
         other.scales = None if self.scales is None else nf4.Scales(*map(fn, self.scales))
-        other.loaded, other.sealed = self.loaded, self.sealed
+        other.loaded, other.sealed, other.rounded = self.loaded, self.sealed, self.rounded
         return other
 
     def become(self, other: Packed) -> None:

@@ -59,7 +59,7 @@ def config_of_start(
 
 
 def base_of_start(settings: Settings, flags: Mapping[str, Any], progress: Callable[[str], None]) -> BaseQuant | None:
-    """What the base is stored as: by its flags, or as it was under the checkpoint that the run starts from.
+    """What the base is stored as: by its flags, or as it was under the adapter that the run starts from.
 
     Args:
         flags: of ``base_args`` that were given, by destination.
@@ -70,10 +70,17 @@ def base_of_start(settings: Settings, flags: Mapping[str, Any], progress: Callab
     args = argparse.Namespace(**{**base_args(None), **flags}, lora_only_trainable=True)
     check_flags(args)
     given, start = BaseQuant.from_args(args), settings.load or settings.lora_adapter_path
-    if start is None or (Path(start) / "adapter_config.json").is_file():
+    if start is None:
         return given
-    noted = Manifest.read(directory.find(start)).base.get("quantization")
-    theirs = None if noted is None else BaseQuant.read(noted, start)
+    if (Path(start) / "adapter_config.json").is_file():
+        from slime_plugins.lora.peft.directory import open_tensors
+
+        theirs = open_tensors(start).base_quant
+        if theirs is None:  # another's, or one of a dense base: nothing is noted
+            return given
+    else:
+        noted = Manifest.read(directory.find(start)).base.get("quantization")
+        theirs = None if noted is None else BaseQuant.read(noted, start)
     what = f"{'--load' if settings.load else '--lora-adapter-path'} {start}"
     if flags and given != theirs:
         raise UsageError(f"{what} does not fit the flags of the base; leave them out, or give: {base_flags(theirs)}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slime_plugins.lora.arguments import base_args, lora_args
+from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.base.decoder import HFBase
 from slime_plugins.lora.base.quantization import check_checkpoint
 from slime_plugins.lora.config import LoRAConfig
@@ -19,6 +20,7 @@ from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.objectives import make_objective, objective_class
 from slime_plugins.lora.objectives.gkd import TEACHERS
 from slime_plugins.lora.objectives.teacher_prompt import TeacherPrompt
+from slime_plugins.lora.quant.codes import check_codes
 from slime_plugins.lora.rehearsal import adapter_start, outputs
 from slime_plugins.lora.rehearsal.builtin import builtin_checkpoint
 from slime_plugins.lora.rehearsal.devices import default_tp
@@ -70,6 +72,12 @@ def prepare(given: Mapping[str, Any], progress: Callable[[str], None] = print) -
         shapes = base.shapes()
         linears = {name: shapes[f"{name}.weight"] for name in base.linears()}
         check_checkpoint(settings.base_quant, linears, tp=settings.tp)
+        check_codes(settings.base_quant, BaseCheckpoint(base.path))
+    elif base.coded:
+        progress(
+            f"note: {base.path} holds NF4 codes, and trains on their dequantised weights; --lora-base-quant nf4 keeps "
+            "it in 4 bits"
+        )
     _check_task(settings, base, progress)
     return settings
 

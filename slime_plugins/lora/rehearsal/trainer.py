@@ -62,7 +62,7 @@ class RankTrainer:
 
         def adapt(chunks):
             if settings.base_quant is not None:
-                quantize_base(chunks, settings.base_quant)
+                quantize_base(chunks, settings.base_quant, codes_of=settings.hf_checkpoint)
             self.base_before = base_checksum(chunks)
             self.report = apply_lora(chunks, settings.lora)
 

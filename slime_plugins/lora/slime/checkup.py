@@ -134,6 +134,10 @@ def _arguments(words: Sequence[str]) -> Iterator[Finding]:
                 hooks.validate_in_slime(args)
         except UsageError as error:
             wrong.append(str(error))
+    try:
+        Launch(args).models  # noqa: B018
+    except ValueError as error:
+        yield Finding("unknown", "models", f"{error}: whether the trained one is first is not checked")
     for text in dict.fromkeys(wrong):
         yield Finding("WRONG", "arguments", text)
     for text in dict.fromkeys(str(warning.message) for warning in warned):

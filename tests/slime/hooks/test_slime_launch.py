@@ -89,6 +89,7 @@ def test_flags_without_use_lora_are_refused(flag):
         ("", dict(use_critic=True, save="d", megatron_config_path=None), "one of its own"),
         ("", dict(use_critic=True, save="d", critic_save=None), "one of its own"),
         ("--lora-save-merged", {}, "give --save-hf too"),
+        ("--optim paged_adamw_32bit", {}, "drop it: .*21 MiB a GPU.* nothing to page"),
         ("--lora-r 0", {}, "rank is 0"),
         ("--lora-plus-ratio 0.5", {}, "expected at least 1"),
         ("--lora-ref start", dict(use_kl_loss=True), "without --lora-adapter-path"),
@@ -174,6 +175,9 @@ def test_what_the_base_says_is_looked_at(tmp_path):
     slime_validate_args(parse("--use-lora", hf_checkpoint=gated, context_parallel_size=1))
     adapter = ("--use-lora", "--lora-sync", "adapter")
     refused("room for the gate", *adapter, "--lora-target-modules", "linear_qkv", hf_checkpoint=gated, colocate=True)
+    codes = base_dir(tmp_path, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    refused("`slime-lora dequantize`.*the codes as --ref-load", "--use-lora", hf_checkpoint=codes, colocate=True)
+    slime_validate_args(parse("--use-lora", hf_checkpoint=codes, debug_train_only=True))  # no engine starts from it
     nested = base_dir(tmp_path, text_config={"model_type": "qwen2_moe"})
     launch_of = [*adapter, "--lora-target-modules", "experts.linear_fc1"]
     refused("SGLang 0.5.23 or newer", *launch_of, hf_checkpoint=nested, num_experts=8, colocate=True)

@@ -304,8 +304,69 @@ def test_a_4_bit_base(run, words, tmp_path):
     assert [name for name in last if not (last[name] == dense[name]).all()]
 
 
-def test_a_4_bit_base_is_resumed(run):
+@pytest.fixture(scope="module")
+def dequantised(run, tmp_path_factory):
+    """The harness's model as a 4-bit base multiplies with it, and the run that it was made from."""
+    from slime_plugins.lora.cli import main
+
     whole = run("--steps", "4", "--save-interval", "2", extra=NF4)
-    words = ("--steps", "4", "--save-interval", "2", "--resume")
-    assert run(*words, extra=f"{NF4} --ckpt-step 1", of=whole).steps == whole.steps[2:]
-    check_going_on(run("--tp", "2", *words, extra=f"{NF4} --ckpt-step 1", of=whole), whole)
+    out = tmp_path_factory.mktemp("dense") / "hf"
+    dequantize = ["dequantize", "--hf-checkpoint", str(whole.work / "hf"), "--out", str(out)]
+    assert main([*dequantize, "--lora-base-quant-exclude", "linear_proj"]) == 0
+    return out, whole
+
+
+def test_a_4_bit_base_is_resumed(run, dequantised):
+    """To the last digit what a dense base of the dequantised weights gives, resumed in another split too."""
+    dense, whole = dequantised
+    words, on_dense = ("--steps", "4", "--save-interval", "2"), f"{LORA} --hf-checkpoint {dense} --ref-load {dense}"
+    same = run(*words, extra=on_dense)
+    assert same.steps == whole.steps
+    assert run(*words, "--resume", extra=f"{NF4} --ckpt-step 1", of=whole).steps == whole.steps[2:]
+    split = (*words, "--tp", "2", "--resume")
+    resumed = run(*split, extra=f"{NF4} --ckpt-step 1", of=whole)
+    assert resumed.of("step") == [2, 3]
+    assert resumed.steps == run(*split, extra=f"{on_dense} --ckpt-step 1", of=same).steps
+
+
+def test_adapters_alone_to_engines_on_the_dequantised_base(run, dequantised):
+    import torch
+    from safetensors.torch import load_file
+
+    dense, whole = dequantised
+    adapter = f"{NF4} --lora-sync adapter --save-hf hf_{{rollout_id}}"
+    words = ("--generate", "--mode", "colocate", "--steps", "2")
+    on_dense = f"--hf-checkpoint {dense} --ref-load {whole.work / 'hf'}"
+    synced = run(*words, extra=f"{adapter} {on_dense}")
+    check_learning(synced, 2)
+    requests = synced.requests()
+    assert not [r for r in requests if r["endpoint"].startswith("update_weights")], "no weight is sent"
+    expected = load_file(synced.work / "hf_1" / "adapter_model.safetensors")
+    last = load_file(synced.received("lora_*.safetensors")[-1])
+    assert last.keys() == expected.keys() and all(torch.equal(last[k], expected[k]) for k in last)
+    refused = run(*words, extra=adapter, fails=True).log
+    assert "which is not the base that trains" in refused and "`slime-lora dequantize`" in refused
+
+
+def test_a_checkpoint_in_4_bit_codes(run, dequantised, tmp_path):
+    """bitsandbytes' own: trained in its codes, and dense on the weights that they stand for, to the last digit."""
+    import nf4_oracle
+    import torch
+    from safetensors.torch import load_file
+
+    from slime_plugins.lora.cli import main
+
+    codes = nf4_oracle.saved_in_codes(dequantised[1].work / "hf", tmp_path / "codes")
+    assert main(["dequantize", "--hf-checkpoint", str(codes), "--out", str(tmp_path / "dense")]) == 0
+    words = ("--mode", "colocate", "--steps", "2", "--tp", "2")
+    where = f"--hf-checkpoint {tmp_path / 'dense'} --ref-load {codes}"
+    packed, dense = run(*words, extra=f"{NF4} {where}"), run(*words, extra=f"{LORA} {where}")
+    check_learning(packed, 2)
+    assert "base in 4 bits" in packed.log and "base in 4 bits" not in dense.log
+    assert packed.steps == dense.steps
+    base = load_file(tmp_path / "dense" / "model.safetensors")
+    first, *_, last = (load_file(path) for path in packed.received("weights_*.safetensors"))
+    assert [name for name in first if not torch.equal(first[name], base[name])] == []
+    assert [name for name in last if not torch.equal(last[name], base[name])]
+    refused = run(*words, extra=f"{NF4} --hf-checkpoint {codes} --ref-load {codes}", fails=True).log
+    assert "--hf-checkpoint holds bitsandbytes codes" in refused

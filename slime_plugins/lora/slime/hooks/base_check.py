@@ -46,14 +46,11 @@ def refuse_other_base(model, hf_checkpoint: str) -> None:
     if quant is None and same_base(hf_checkpoint, None, model):
         return  # of a 4-bit base the same path is the dense one, on which the adapter was not trained
     way_out = "give the base as --hf-checkpoint" if quant is None else _DEQUANTIZE
-    quantised = everywhere(lambda: BaseCheckpoint(hf_checkpoint)).config.get("quantization_config") is not None
-    if quantised and quant is not None:
-        raise ValueError(
-            f"--lora-sync adapter: --hf-checkpoint {hf_checkpoint} is quantised, and it is not known whether "
-            f"engines make the base of it that trains; {way_out}, or use --lora-sync merged"
+    quantised = everywhere(lambda: BaseCheckpoint(hf_checkpoint)).quantised
+    if quantised and quant is None and rank() == 0:
+        logger.warning(
+            "LoRA: %s is stored as %s: it is not known whether it is the base that trains", hf_checkpoint, quantised
         )
-    if quantised and rank() == 0:
-        logger.warning("LoRA: %s is quantised: it is not known whether it is the base that trains", hf_checkpoint)
     if rank() == 0:
         logger.info("LoRA: comparing the base with %s", hf_checkpoint)
     found = other_base(model, hf_checkpoint, as_served=quant is not None)

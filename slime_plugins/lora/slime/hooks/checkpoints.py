@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 from argparse import Namespace
 from collections.abc import Iterator
@@ -19,12 +18,17 @@ from pathlib import Path
 import torch
 
 from slime_plugins.lora.adapters import has_adapters
+from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.ends.export import export_peft
 from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.files.json_text import read_object
 from slime_plugins.lora.layers import hide_adapters
 from slime_plugins.lora.names import is_adapter
 from slime_plugins.lora.packing import dense_on_host, finish_packing
+from slime_plugins.lora.peft.directory import open_tensors
+from slime_plugins.lora.quant.codes import check_codes
+from slime_plugins.lora.quantize import base_quant_of
 from slime_plugins.lora.slime.hooks import merged_sync
 from slime_plugins.lora.slime.hooks.base_check import remember_base
 from slime_plugins.lora.slime.hooks.paths import adapter_step_dir, step_dir
@@ -98,16 +102,18 @@ def _load(args: Namespace, model, optimizer, scheduler, load_base) -> int:
     resumed = adapter_step_dir(args.load, args.ckpt_step) is not None
     base, base_step = base_source(args)
     quant = BaseQuant.from_args(args)
-    if quant is not None:
-        _refuse_quantised(base)
+    files = _hf_files(base, quant)
+    if quant is not None and files is not None:
+        _check_form(quant, files)
     with (
         _base_only(model),
+        _codes_read(files) if files is not None and files.coded else contextlib.nullcontext(),
         dense_on_host(model) if quant is not None and not _is_hf(base) else contextlib.nullcontext(),
         _changed(args, load=str(base), ckpt_step=base_step, finetune=True, no_load_optim=True, no_load_rng=True),
     ):
         load_base()
     if quant is not None:
-        logger.info("LoRA: %s", finish_packing(model, quant))
+        logger.info("LoRA: %s", finish_packing(model, quant, codes_of=base if _is_hf(base) else None))
     remember_base(model, base, base_step)
     logger.info("LoRA: base from %s", base)
     if resumed:
@@ -139,12 +145,48 @@ def _is_hf(base: str) -> bool:
     return (Path(base) / "config.json").is_file()
 
 
-def _refuse_quantised(base: str) -> None:
-    if _is_hf(base) and "quantization_config" in json.loads((Path(base) / "config.json").read_bytes()):
+def _hf_files(base: str, quant: BaseQuant | None) -> BaseCheckpoint | None:
+    """Of a Hugging Face directory whose form matters: it may hold codes, or codes are to be made of it."""
+    if not _is_hf(base):
+        return None
+    told = "quantization_config" in read_object(Path(base) / "config.json")
+    return BaseCheckpoint(base) if told or quant is not None else None
+
+
+def _check_form(quant: BaseQuant, base: BaseCheckpoint) -> None:
+    """Raise UsageError for files that cannot become the base that is asked for, before they are read."""
+    if base.quantised is not None:
         raise UsageError(
-            f"{base} is quantised already, which slime cannot load; give the dense checkpoint: --lora-base-quant nf4 "
-            "makes the same codes of it"
+            f"{base.directory} is quantised already ({base.quantised}), of which no 4-bit base is made; give the "
+            "dense checkpoint, or one in bitsandbytes' nf4"
         )
+    check_codes(quant, base)
+
+
+@contextlib.contextmanager
+def _codes_read(base: BaseCheckpoint) -> Iterator[None]:
+    """Inside, slime's reader of Hugging Face files gives the matrices that NF4 codes stand for.
+
+    Raises:
+        UsageError: this slime has no such reader.
+    """
+    try:
+        from slime.backends.megatron_utils.hf_to_megatron.common import SafetensorReader
+    except ImportError:
+        raise UsageError(
+            f"{base.directory} holds NF4 codes, which slime before v0.3.1 cannot read; write its weights with "
+            "`slime-lora dequantize` and train on those without --lora-base-quant, or take a newer slime"
+        ) from None
+    get = SafetensorReader.get_tensor
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return base.weights[name].read() if name in base.coded else get(self, name)
+
+    SafetensorReader.get_tensor = get_tensor
+    try:
+        yield
+    finally:
+        SafetensorReader.get_tensor = get
 
 
 def base_source(args: Namespace) -> tuple[str, int | None]:
@@ -176,6 +218,14 @@ def _start_from(model, path: str) -> None:
         from slime_plugins.lora.ends.import_ import import_peft
 
         import_peft(model, path)
+        noted = open_tensors(path).base_quant
+        if noted is not None and noted != base_quant_of(model):
+            logger.warning(
+                "LoRA: %s was trained on a base in 4 bits (%s), which this one is not: unless these are its "
+                "dequantised weights it answers otherwise here; give --lora-base-quant nf4",
+                path,
+                noted,
+            )
     logger.info("LoRA: adapters start from %s", path)
 
 

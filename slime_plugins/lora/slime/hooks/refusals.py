@@ -5,6 +5,7 @@ A row holds where reading or running the other side's code showed wrong weights,
 
 from __future__ import annotations
 
+import importlib
 import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -50,6 +51,25 @@ class Launch:
         except (OSError, ValueError):
             return {}
         return config | (config.get("text_config") or {})
+
+    @cached_property
+    def models(self) -> list[dict[str, Any]]:
+        """What ``--sglang-config`` lists; empty without one.
+
+        Raises:
+            ValueError: it cannot be read here.
+        """
+        file = self.given("sglang_config")
+        if not file:
+            return []
+        try:
+            yaml = importlib.import_module("yaml")  # slime's own; not everyone who asks ``doctor`` has it
+            models = yaml.safe_load(Path(file).read_text())["sglang"]
+        except Exception as error:  # YAML has errors of its own, in a module that may not be there
+            raise ValueError(
+                f"--sglang-config {file} cannot be read here ({type(error).__name__}: {error})"
+            ) from error
+        return [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
 
     @cached_property
     def adapted(self) -> dict[str, set[str]]:
@@ -133,6 +153,27 @@ def _resumes(launch: Launch) -> bool:
 def _linear_attention(launch: Launch) -> bool:
     kinds = launch.base.get("layer_types") or ()
     return "linear_attention" in kinds or bool(launch.base.get("linear_num_key_heads"))
+
+
+def _bitsandbytes(launch: Launch) -> bool:
+    told = launch.base.get("quantization_config")
+    return isinstance(told, dict) and told.get("quant_method") == "bitsandbytes"
+
+
+def _frozen_first(launch: Launch) -> bool:
+    """As slime's ``ModelConfig.resolve`` has it: without ``update_weights``, a model of another path is frozen."""
+    try:
+        first = next(iter(launch.models), None)
+    except ValueError:
+        return False  # slime stops at it, and ``doctor`` says so
+    if first is None or launch.given("debug_train_only"):
+        return False
+    if first.get("update_weights") is not None:
+        return not first["update_weights"]
+    groups = first.get("server_groups") or first.get("engine_groups") or []
+    paths = [(group.get("overrides") or {}).get("model_path") for group in groups if isinstance(group, dict)]
+    path = next((path for path in paths if path), first.get("model_path"))
+    return path not in (None, launch.given("hf_checkpoint"))
 
 
 def _cuda_graphs(launch: Launch) -> bool:
@@ -273,6 +314,19 @@ TRAINING = (
         lambda launch: launch.given("delay_wgrad_compute"),
         '--delay-wgrad-compute queues weight gradients that a frozen base never has ("Pop empty queue" in the first '
         "backward); drop it",
+    ),
+    Refusal(
+        "engines that start in 4 bits",
+        lambda launch: _bitsandbytes(launch) and not launch.given("debug_train_only"),
+        "--hf-checkpoint holds bitsandbytes codes, and engines that start from them take no dense weights and are not "
+        "known to have these over several ranks; write its weights with `slime-lora dequantize`, give those as "
+        "--hf-checkpoint and the codes as --ref-load",
+    ),
+    Refusal(
+        "frozen model first",
+        _frozen_first,
+        "--sglang-config: its first model gets no weights, but slime's rollouts ask the first one: training would "
+        "learn from answers of weights that no sync reaches; list the trained model first",
     ),
     Refusal(
         "CUDA graphs",
