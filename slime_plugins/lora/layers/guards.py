@@ -82,7 +82,7 @@ def _refuse_fused(name: str, module: torch.nn.Module) -> None:
 
 
 def _refuse_freed(name: str, module: torch.nn.Module, config: Any) -> None:
-    """Megatron's overlap of all-to-alls gives an expert's input back once TE has cast it, and A's gradient is made of it.
+    """Megatron's overlap of all-to-alls gives an expert's input back once TE has cast it; A's gradient is made of it.
 
     (``should_free_input`` in ``fine_grained_callables.py``.)
     """
