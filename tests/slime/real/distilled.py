@@ -7,6 +7,7 @@ tests/contracts.
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import moe_reference
 import torch
 
-BETA, TEMPERATURE, RANK, ALPHA = 0.5, 2.0, 4, 8
+BETA, TEMPERATURE, RANK, ALPHA, SCALE = 0.5, 2.0, 4, 8, 0.15
 PREFIX = "t5 t6 t7 "
 
 
@@ -34,12 +35,21 @@ class Reference:
         fixtures.make_model(reference.hf, 0, kind=kind)
         fixtures.make_model(reference.other, 1, kind=kind)
         fixtures.make_rollouts(where / "rollouts", reference.hf, 1, seed=0)
-        values = moe_reference.values_of(reference.hf, RANK, "split")
-        values = {name: (A, B / 10) for name, (A, B) in values.items()}  # logits that bf16 resolves
-        moe_reference.write_adapter(reference.adapter, reference.hf, values, rank=RANK, alpha=ALPHA)
-        some = {n: v for n, v in moe_reference.values_of(reference.hf, 6, "split").items() if "self_attn" in n}
-        moe_reference.write_adapter(reference.attention, reference.hf, some, rank=6, alpha=6)
+        reference._write(reference.adapter, reference._values(RANK), RANK, ALPHA)
+        some = {name: pair for name, pair in reference._values(6).items() if "self_attn" in name}
+        reference._write(reference.attention, some, 6, 6)
         return reference
+
+    def _write(self, out: Path, values, rank: int, alpha: float) -> None:
+        moe_reference.write_adapter(out, self.hf, values, rank=rank, alpha=alpha)
+        config = json.loads((out / "adapter_config.json").read_text())
+        config["target_parameters"] = None  # these models have no linear beside experts
+        (out / "adapter_config.json").write_text(json.dumps(config))
+
+    def _values(self, rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Such as bfloat16 has: rounding a whole adapter is worth more than what is to be seen."""
+        values = moe_reference.values_of(self.hf, rank, "split")
+        return {name: (A.bfloat16().float(), (SCALE * B).bfloat16().float()) for name, (A, B) in values.items()}
 
     hf = property(lambda self: self.where / "hf")
     other = property(lambda self: self.where / "other")
