@@ -3,9 +3,10 @@
     python bench/distillation.py                       # some minutes; TRL's own code where `make contracts` has put it
     python bench/distillation.py --tokens 2048 --vocab 65536 --settings TP=1
 
-Peak: what the process held at most above what it held with logits and hidden states, in buffers of tokens x vocabulary
-/ TP x 4 bytes. Each measurement is a process of its own. Cross-entropy is Megatron's, which keeps one such buffer. Exit
-code 1 if the package's loss takes more than one buffer beyond that.
+Peak: what the process held at most above what it held with logits and hidden states, in buffers of tokens x
+vocabulary / TP x 4 bytes. Each measurement is a process of its own. Cross-entropy is Megatron's, which overwrites the
+logits and holds nothing else. Seconds are processor time, on a GPU wall time. Exit code 1 if the package's loss takes
+more than one buffer beyond cross-entropy.
 """
 
 from __future__ import annotations
@@ -90,15 +91,8 @@ def render(sizes: Sizes, results: list[dict]) -> str:
         for name, loss in result["losses"].items():
             extra = loss["peak"] - result["losses"][CROSS_ENTROPY]["peak"]
             target = f"{MOST:.2f}" if name == ALONE else "-"
-            rows.append(
-                (
-                    f"{result['setting']} {name}",
-                    f"{loss['peak']:.2f}",
-                    f"{extra:+.2f}",
-                    target,
-                    f"{loss['seconds']:.2f}",
-                )
-            )
+            numbers = (f"{loss['peak']:.2f}", f"{extra:+.2f}", target, f"{loss['seconds']:.2f}")
+            rows.append((f"{result['setting']} {name}", *numbers))
     if not any(TRL in result["losses"] for result in results):
         rows.append((f"{TRL}: `make contracts` fetches it", "", "", "", ""))
     buffer = sizes.tokens * sizes.vocab * 4 / 2**20
@@ -164,10 +158,11 @@ def measure(setting: Setting, name: str, sizes: Sizes) -> dict[str, float]:
     logits = own @ head.t()
     torch.distributed.barrier()
     before = _start_of_peak()
-    start = time.perf_counter()
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    start = clock()
     (gradient,) = torch.autograd.grad(compute(logits, hidden, head), logits)
     _synchronize()
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     del gradient
     return {"peak": (_peak() - before) / (4 * sizes.tokens * columns), "seconds": seconds}
 
