@@ -21,7 +21,11 @@ PREFIX = "t5 t6 t7 "
 
 @dataclass(frozen=True)
 class Reference:
-    """The harness's model and samples, with a student's adapter of all linears."""
+    """The harness's model and samples, with a student's adapter of all linears.
+
+    Runs start from a copy of the directory (``of=`` and ``--keep``): another transformers
+    draws another model.
+    """
 
     where: Path
     kind: str
@@ -51,6 +55,7 @@ class Reference:
         values = moe_reference.values_of(self.hf, rank, "split")
         return {name: (A.bfloat16().float(), (SCALE * B).bfloat16().float()) for name, (A, B) in values.items()}
 
+    work = property(lambda self: self.where)
     hf = property(lambda self: self.where / "hf")
     other = property(lambda self: self.where / "other")
     """Weights of the same shape and vocabulary."""

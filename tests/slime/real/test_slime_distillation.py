@@ -1,6 +1,6 @@
 """slime's own train.py with ``--use-gkd`` against the paper's formula on transformers + PEFT in float32, one process.
 
-    as test_slime_training.py; some twenty-five runs of half a minute
+    as test_slime_training.py; some thirty runs of half a minute
 
 In bf16, as slime trains, the loss agrees to 1e-3 and the gradient's norm to 1.5 %; in float32 (``exact``) to 1e-6 and
 1e-5.
@@ -47,6 +47,16 @@ def expected(dense, experts):
     return of
 
 
+@pytest.fixture(scope="module")
+def train(run):
+    """(reference, steps, more words of the harness, slime's flags) -> a run that starts from the reference's files."""
+
+    def start(reference: Reference, steps: str, *words: str, extra: str):
+        return run("--keep", "--steps", steps, *words, extra=extra, of=reference)
+
+    return start
+
+
 def check(done, expected, *, loss=1e-3, norm=1.5e-2):
     assert done.of("gkd/divergence")[0] == pytest.approx(expected[0], rel=loss)
     assert done.of("grad_norm")[0] == pytest.approx(expected[1], rel=norm)
@@ -54,9 +64,9 @@ def check(done, expected, *, loss=1e-3, norm=1.5e-2):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("prefix", ["", PREFIX], ids=["plain", "privileged"])
-def test_equals_transformers(request, run, expected, layout, prefix):
+def test_equals_transformers(request, train, expected, layout, prefix):
     reference = request.getfixturevalue("experts" if layout == "ep2" else "dense")
-    done = run("--steps", "1", *LAYOUTS[layout], extra=f"{reference.flags} {TEMPLATE if prefix else ''}")
+    done = train(reference, "1", *LAYOUTS[layout], extra=f"{reference.flags} {TEMPLATE if prefix else ''}")
     check(done, expected(reference, "base", prefix))
     assert done.of("loss") == done.of("gkd/divergence")
     for name in ("kl_to_student", "kl_to_teacher", "teacher_entropy", "student_entropy"):
@@ -67,41 +77,41 @@ def test_equals_transformers(request, run, expected, layout, prefix):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("prefix", ["", PREFIX], ids=["plain", "privileged"])
-def test_equals_transformers_in_float32(request, run, expected, layout, prefix):
+def test_equals_transformers_in_float32(request, train, expected, layout, prefix):
     reference = request.getfixturevalue("experts" if layout == "ep2" else "dense")
-    words = ("--steps", "1", "--plugin", "exact", *LAYOUTS[layout])
-    done = run(*words, extra=f"{reference.flags} {TEMPLATE if prefix else ''}")
+    words = ("--plugin", "exact", *LAYOUTS[layout])
+    done = train(reference, "1", *words, extra=f"{reference.flags} {TEMPLATE if prefix else ''}")
     check(done, expected(reference, "base", prefix), loss=1e-6, norm=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2-sp"])
-def test_as_a_part_of_the_policy_loss(run, dense, expected, layout):
+def test_as_a_part_of_the_policy_loss(train, dense, expected, layout):
     """With advantages of 0 the gradient is the divergence's alone, times its weight."""
     flat = "--custom-reward-post-process-path exact.no_signal --kl-loss-coef 0"
-    done = run("--steps", "1", *LAYOUTS[layout], extra=f"{dense.flags} --gkd-coef 0.5 {flat}")
+    done = train(dense, "1", *LAYOUTS[layout], extra=f"{dense.flags} --gkd-coef 0.5 {flat}")
     loss, norm = expected(dense)
     check(done, (loss, norm / 2))
     assert done.of("loss") == [pytest.approx(loss / 2, rel=1e-3)]
 
 
-def test_beside_a_policy_loss_that_says_something(run, dense):
-    done = run("--steps", "2", extra=f"{dense.flags} --gkd-coef 0.5")
+def test_beside_a_policy_loss_that_says_something(train, dense):
+    done = train(dense, "2", extra=f"{dense.flags} --gkd-coef 0.5")
     for total, policy, divergence in zip(done.of("loss"), done.of("policy_loss"), done.of("gkd/divergence")):
         assert total == pytest.approx(policy + 0.5 * divergence, abs=1e-6)
         assert divergence > 0
     assert all(value > 0 for value in done.of("kl_loss")), "advantages and reference are there"
 
 
-def test_another_adapter_teaches(run, dense, expected):
+def test_another_adapter_teaches(train, dense, expected):
     """Of another rank, scaling and fewer linears."""
-    done = run("--steps", "1", "--tp", "2", extra=f"{dense.flags} --gkd-teacher {dense.attention}")
+    done = train(dense, "1", "--tp", "2", extra=f"{dense.flags} --gkd-teacher {dense.attention}")
     check(done, expected(dense, "attention"))
 
 
 @pytest.mark.parametrize("layout", ["tp2-sp", "pp2"])
-def test_other_weights_teach(run, dense, expected, layout):
+def test_other_weights_teach(train, dense, expected, layout):
     """With a head of their own; two full copies in host memory, which is said."""
-    done = run("--steps", "2", *LAYOUTS[layout], extra=f"{dense.flags} --gkd-teacher {dense.other}")
+    done = train(dense, "2", *LAYOUTS[layout], extra=f"{dense.flags} --gkd-teacher {dense.other}")
     check(done, expected(dense, "other"))
     assert "two full copies" in done.log
     by_rank: dict[int, set] = {}
@@ -110,35 +120,34 @@ def test_other_weights_teach(run, dense, expected, layout):
     assert all(len(bits) == 1 for bits in by_rank.values()), "the base has changed"
 
 
-def test_the_student_teaches_itself(run, dense, expected):
+def test_the_student_teaches_itself(train, dense, expected):
     """With more to read; an average that keeps nothing is the student, also where slime offloads the trainer."""
-    live = run("--steps", "2", extra=f"{dense.flags} {TEMPLATE} --gkd-teacher live")
+    live = train(dense, "2", extra=f"{dense.flags} {TEMPLATE} --gkd-teacher live")
     check(live, expected(dense, "live", PREFIX))
     average = f"{dense.flags} {TEMPLATE} --gkd-teacher ema --gkd-ema-decay"
-    words = ("--steps", "2", "--mode", "colocate", "--offload")
     sampled = "--label-key label --n-samples-per-prompt 1 --rollout-batch-size 16 --gkd-lmbda 1"
-    nothing = run(*words, extra=f"{average} 0 {sampled}")
+    nothing = train(dense, "2", "--mode", "colocate", "--offload", extra=f"{average} 0 {sampled}")
     for name in ("gkd/divergence", "grad_norm"):
         assert nothing.of(name) == pytest.approx(live.of(name), rel=1e-3), name
-    half = run("--steps", "2", extra=f"{average} 0.5")
+    half = train(dense, "2", extra=f"{average} 0.5")
     assert half.of("gkd/divergence")[0] == live.of("gkd/divergence")[0]
     assert half.of("gkd/divergence")[1] != pytest.approx(live.of("gkd/divergence")[1], rel=1e-3)
 
 
-def test_lambda(run, dense):
+def test_lambda(train, dense):
     """slime's own rollout loop; steps on its samples and on the labels of the data."""
     more = "--gkd-lmbda 0.5 --seed 3 --label-key label --n-samples-per-prompt 1 --rollout-batch-size 16"
-    done = run("--mode", "colocate", "--generate", "--steps", "3", extra=f"{dense.flags} {TEMPLATE} {more}")
+    done = train(dense, "3", "--mode", "colocate", "--generate", extra=f"{dense.flags} {TEMPLATE} {more}")
     assert set(done.of("gkd/on_policy")) == {0.0, 1.0}
     assert all(value > 0 for value in done.of("gkd/divergence"))
 
 
-def test_slimes_own_distillation_goes_on_beside_it(run, dense, expected):
+def test_slimes_own_distillation_goes_on_beside_it(train, dense, expected):
     """Its teacher and ours are two, and what it reports is what it reports without us."""
     opd = f"--use-opd --opd-type megatron --opd-kl-coef 1.0 --opd-teacher-load {dense.other}"
     lora = dense.flags.partition(" --use-gkd")[0]
-    alone = run("--steps", "2", extra=f"{lora} {opd}")
-    beside = run("--steps", "2", extra=f"{dense.flags} --gkd-coef 0.5 {opd}")
+    alone = train(dense, "2", extra=f"{lora} {opd}")
+    beside = train(dense, "2", extra=f"{dense.flags} --gkd-coef 0.5 {opd}")
     assert alone.of("opd_reverse_kl")[0] == beside.of("opd_reverse_kl")[0] != 0
     assert beside.of("gkd/divergence")[0] == pytest.approx(expected(dense)[0], rel=1e-3)
     assert beside.of("grad_norm")[0] != alone.of("grad_norm")[0]
