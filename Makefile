@@ -57,7 +57,7 @@ test-all: $(READY_ALL)
 
 contracts: $(READY)
 	@$(BIN)/python tests/contracts/fetch.py $(FETCH_ARGS)
-	@SLIME_LORA_CONTRACTS=1 $(BIN)/python -m pytest -m contracts tests/contracts $(PYTEST_ARGS)
+	@SLIME_LORA_CONTRACTS=1 $(BIN)/python -m pytest -m "contracts and not slow" tests/contracts $(PYTEST_ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check .

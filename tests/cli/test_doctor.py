@@ -72,7 +72,7 @@ def versions(monkeypatch):
         return known[name]
 
     monkeypatch.setattr(checkup, "version", version)
-    monkeypatch.setattr("slime_plugins.lora.slime.hooks.refusals.version", version)
+    monkeypatch.setattr("slime_plugins.lora.slime.hooks.refusal.version", version)
     return known
 
 

@@ -150,8 +150,9 @@ def _add_distillation_arguments(group, defaults: Settings) -> None:
     add(
         "--gkd-teacher",
         default=defaults.gkd_teacher,
-        metavar="base|ema|DIR",
-        help="the base, the average of the student's adapters, or a PEFT adapter or checkpoint (default: %(default)s)",
+        metavar="base|live|ema|DIR",
+        help="the base, the student itself, the average of its adapters, or a PEFT adapter or checkpoint "
+        "(default: %(default)s)",
     )
     add(
         "--gkd-teacher-prompt-template",

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 OBJECTIVES = {"grpo": "GRPO", "sft": "SFT", "gkd": "GKD"}
 """Name, which is that of its module here -> class. Names alone, so that a help text costs no torch."""
+TEACHERS = ("base", "live", "ema")
+"""Teachers of distillation that are made of the student itself; besides these a directory is named."""
 
 
 def objective_class(name: str) -> type[Objective]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -12,9 +13,6 @@ from slime_plugins.lora.objectives.batch import Batch, with_token_weight
 from slime_plugins.lora.objectives.divergence import Divergence, Vocabulary, of_hidden, reduce_over
 from slime_plugins.lora.objectives.objective import Computed, Metrics, ModelOutput, Objective, detached
 from slime_plugins.lora.objectives.teacher_prompt import TeacherPrompt
-
-TEACHERS = ("base", "ema")
-"""Besides these, a directory: a PEFT adapter or a checkpoint of adapters."""
 
 
 def teacher_view(batch: Batch) -> Batch:
@@ -45,6 +43,10 @@ def on_policy(lmbda: float, step: int, seed: int) -> bool:
     return random.Random(f"{seed} {step}").random() < lmbda
 
 
+def _is_same(teacher: str, start: str | None) -> bool:
+    return start is not None and Path(teacher).resolve() == Path(start).resolve()
+
+
 @dataclass(frozen=True)
 class GKD(Objective):
     """Mean divergence over the step's response tokens, the student's own or given ones. No reward is needed."""
@@ -69,6 +71,12 @@ class GKD(Objective):
     @property
     def teacher_prompt_template(self) -> str | None:
         return self.gkd_teacher_prompt_template
+
+    @property
+    def privileged(self) -> bool:
+        """Is the teacher shown more than the student?"""
+        template = self.gkd_teacher_prompt_template
+        return template is not None and TeacherPrompt(template).tells_more
 
     def on_policy(self, step: int, seed: int) -> bool:
         """With probability lambda, by seed and step alone: a resumed run decides as the unbroken one."""
@@ -114,6 +122,11 @@ class GKD(Objective):
                 raise UsageError(f"--gkd-ema-decay is not read with --gkd-teacher {self.gkd_teacher}; drop it")
             if not 0 <= self.gkd_ema_decay < 1:
                 raise UsageError(f"--gkd-ema-decay {self.gkd_ema_decay}: expected a number from 0 to below 1")
+        if self.gkd_teacher == "live" and not self.privileged:
+            raise UsageError(
+                "--gkd-teacher live: the student is its own teacher at every step, so divergence and gradient are "
+                "exactly 0; show the teacher more (--gkd-teacher-prompt-template, with {label} say), or take another"
+            )
         if copies > 1 and self.gkd_lmbda < 1:
             raise UsageError(
                 f"--n-samples-per-prompt {copies} with --gkd-lmbda {self.gkd_lmbda:g}: a given response is there "
@@ -132,14 +145,13 @@ class GKD(Objective):
 
     def check_difference(self, start: str | None) -> None:
         """Refuse a student that is its teacher: the commonest set-up, one checkpoint for both, learns nothing."""
-        template, teacher = self.gkd_teacher_prompt_template, self.gkd_teacher
-        privileged = template is not None and TeacherPrompt(template).tells_more
-        if privileged or self.sft_alpha:
+        teacher = self.gkd_teacher
+        if self.privileged or self.sft_alpha:
             return
         same = {
             "base": "the adapters start as nothing (B = 0), so that the student is the base" if start is None else "",
             "ema": "the average starts as the student",
-        }.get(teacher, "the student starts from it" if teacher == start else "")
+        }.get(teacher, "the student starts from it" if _is_same(teacher, start) else "")
         if same:
             raise UsageError(
                 f"--gkd-teacher {teacher}: {same}: divergence and gradient are exactly 0 and nothing can be learnt. "

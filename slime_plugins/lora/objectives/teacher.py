@@ -1,4 +1,6 @@
-"""A distillation teacher out of the student's own model: its base, with no adapter or another one. Call on all ranks.
+"""A distillation teacher out of the student's own model: its base with no adapter, its own or another.
+
+Call on all ranks.
 
 One copy of the base serves both. What another adapter costs is its own size, whatever its rank; it takes the place of
 the student's parameters while it teaches, so the student's are neither copied nor touched.
@@ -34,24 +36,27 @@ class Teacher:
         """The student's adapters have their first values already.
 
         Args:
-            kind: ``base``; ``ema``, an average of the student's adapters over its optimizer steps; else the directory
-                of a PEFT adapter, or of a checkpoint of ``save_adapter``, for linears that the student adapts.
+            kind: ``base``; ``live``, the student as it is; ``ema``, an average of its adapters over its optimizer
+                steps; else the directory of a PEFT adapter, or of a checkpoint of ``save_adapter``, for linears that
+                the student adapts.
             ema_decay: share of the average that stays at a step; None takes ``EMA_DECAY``.
         Raises:
             UsageError, OSError, ValueError: the directory's adapter does not fit, on every rank alike.
         """
-        self._model = model
+        self._model, self._kind = model, kind
         self._decay = (EMA_DECAY if ema_decay is None else ema_decay) if kind == "ema" else None
         self._adapter: AnotherAdapter | None = None
         if kind == "ema":
             self._adapter = AnotherAdapter(model, config_of(model), torch.float32)  # bfloat16 loses such small steps
             self._move(1.0)
-        elif kind != "base":
+        elif kind not in ("base", "live"):
             self._adapter = read_another(model, kind)
 
     def active(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the model is the teacher; afterwards the student again, bit for bit."""
-        return adapters_disabled(self._model) if self._adapter is None else self._adapter.worn()
+        if self._adapter is not None:
+            return self._adapter.worn()
+        return adapters_disabled(self._model) if self._kind == "base" else contextlib.nullcontext()
 
     def follow(self) -> None:
         """After an optimizer step: an average moves by (1 - decay) of the way to the student."""

@@ -15,10 +15,10 @@ from slime_plugins.lora.arguments import base_args, lora_args
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.base.decoder import HFBase
 from slime_plugins.lora.base.quantization import check_checkpoint
+from slime_plugins.lora.checkpoint import directory
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.objectives import make_objective, objective_class
-from slime_plugins.lora.objectives.gkd import TEACHERS
+from slime_plugins.lora.objectives import TEACHERS, make_objective, objective_class
 from slime_plugins.lora.objectives.teacher_prompt import TeacherPrompt
 from slime_plugins.lora.quant.codes import check_codes
 from slime_plugins.lora.rehearsal import adapter_start, outputs
@@ -110,6 +110,8 @@ def _check_paths(settings: Settings) -> None:
                 f"--gkd-teacher {teacher}: expected {', '.join(TEACHERS)} or the directory of a PEFT adapter or "
                 "checkpoint, and there is no such directory"
             )
+        if not (Path(teacher) / "adapter_config.json").is_file():
+            directory.find(teacher)
         if outputs.would_remove(out, Path(teacher)):
             raise UsageError(f"--out {out}: --gkd-teacher {teacher} would be replaced; name another directory")
     if settings.save is not None and Path(settings.save).exists() and not Path(settings.save).is_dir():

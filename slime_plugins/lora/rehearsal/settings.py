@@ -138,7 +138,7 @@ class Settings:
     sft_alpha: float = 0.0
     """Weight of the cross-entropy on given responses beside the divergence."""
     gkd_teacher: str = "base"
-    """``base``, ``ema``, or a directory of an adapter."""
+    """``base``, ``live``, ``ema``, or a directory of an adapter."""
     gkd_ema_decay: float | None = None
     """Of ``gkd_teacher`` ``ema``, per optimizer step; None takes 0.99."""
     gkd_teacher_prompt_template: str | None = None

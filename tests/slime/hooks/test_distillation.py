@@ -14,9 +14,10 @@ from test_slime_launch import parse, slime_validate_args
 from slime_plugins.lora import slime as hooks
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.rehearsal.tiny import make_tiny
-from slime_plugins.lora.slime.hooks import distillation
+from slime_plugins.lora.slime.hooks import distillation, teachers
 
 GKD = ("--use-lora", "--use-gkd", "--gkd-teacher-prompt-template", "{label} {prompt}")
+ALONE = ("--use-lora", "--use-gkd")
 HERE = "slime_plugins.lora.slime.hooks"
 
 
@@ -55,7 +56,7 @@ def test_beside_the_policy_loss_advantages_stay():
 @pytest.mark.parametrize(
     "words, settings, reason",
     [
-        (("--use-lora", "--use-gkd"), {}, "divergence and gradient are exactly 0 and nothing can be learnt"),
+        (ALONE, {}, "divergence and gradient are exactly 0 and nothing can be learnt"),
         (("--use-gkd",), {}, "--use-gkd without --use-lora"),
         (("--use-lora", "--gkd-beta", "0.3"), {}, "--gkd-beta given without --use-gkd"),
         (("--sft-alpha", "0.3"), {}, "--sft-alpha given without --use-gkd"),
@@ -69,15 +70,27 @@ def test_beside_the_policy_loss_advantages_stay():
         (GKD, {"debug_train_only": True}, "--debug-train-only samples nothing"),
         (GKD, {"loss_type": "sft_loss"}, "drop --loss-type"),
         (GKD, {"recompute_loss_function": True}, "--recompute-loss-function computes the loss again"),
-        (GKD, {"context_parallel_size": 2}, "--gkd-teacher-prompt-template with --context-parallel-size above 1"),
         (GKD, {"qkv_format": "bshd"}, "--qkv-format bshd"),
         (GKD, {"allgather_cp": True}, "--allgather-cp"),
         ((*GKD, "--gkd-coef", "1"), {}, "--gkd-coef with --gkd-lmbda below 1"),
         ((*GKD, "--gkd-coef", "1"), {"compute_advantages_and_returns": False}, "which needs advantages"),
+        ((*ALONE, "--gkd-teacher", "live"), {}, "the student is its own teacher at every step"),
         (
-            (*GKD, "--gkd-teacher", "ema"),
-            {"offload_train": True},
-            "--gkd-teacher other than base with --offload-train",
+            (*ALONE, "--gkd-teacher", "live", "--gkd-coef", "1", "--gkd-lmbda", "1"),
+            {},
+            "its own teacher at every step",
+        ),
+        ((*ALONE, "--gkd-teacher", "ema"), {}, "--gkd-teacher ema: the average starts as the student"),
+        ((*GKD, "--gkd-teacher", "nowhere"), {}, "--gkd-teacher nowhere: expected base, live, ema, or the directory"),
+        ((*GKD, "--gkd-ema-decay", "0.9"), {}, "--gkd-ema-decay is not read with --gkd-teacher base"),
+        (GKD, {"use_critic": True}, "--use-gkd replaces the loss of every model in slime"),
+        (GKD, {"use_opd": True}, "--use-opd subtracts its penalty from advantages"),
+        (GKD, {"use_routing_replay": True}, "--use-gkd alone has no such pass"),
+        (GKD, {"use_routing_replay": True, "use_rollout_routing_replay": True}, "no engine has chosen experts"),
+        (
+            (*GKD, "--gkd-teacher", "weights", "--lora-base-quant", "nf4"),
+            {},
+            "--lora-base-quant with a --gkd-teacher that has weights of its own",
         ),
         ((*GKD[:2], "--gkd-teacher-prompt-template", "{answer}"), {}, "'{answer}', expected {prompt}, {label} or"),
     ],
@@ -88,6 +101,79 @@ def test_what_cannot_work_is_refused(words, settings, reason):
         launch(*words, **settings)
     assert reason in str(info.value)
     assert "\n" not in str(info.value)
+
+
+def a_model(path, *, tokenizer=None, **changes):
+    """A directory as far as a launch looks at it."""
+    path.mkdir()
+    config = {"model_type": "qwen3", "vocab_size": 100, "hidden_size": 8, "rope_parameters": {"rope_theta": 1e6}}
+    (path / "config.json").write_text(json.dumps(config | changes))
+    if tokenizer is not None:
+        (path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": tokenizer}}))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "teacher, reason",
+    [
+        ({"vocab_size": 120}, "a vocabulary of 120 and the student's of 100"),
+        ({"hidden_size": 16}, "hidden_size is 16, the student's 8"),
+        ({"rope_parameters": {"rope_theta": 5e6}}, "rope_theta is 5000000.0, the student's 1000000.0"),
+        ({"rope_parameters": None, "rope_theta": 5e6}, "rope_theta is 5000000.0, the student's 1000000.0"),
+        ({"tokenizer": {"a": 1, "b": 0}}, "gives other tokens their numbers"),
+    ],
+    ids=str,
+)
+def test_a_teacher_with_weights_must_fit(tmp_path, teacher, reason):
+    student = a_model(tmp_path / "student", tokenizer={"a": 0, "b": 1})
+    words = (*ALONE, "--gkd-teacher", a_model(tmp_path / "teacher", **teacher))
+    with pytest.raises(UsageError) as info:
+        launch(*words, hf_checkpoint=student)
+    assert reason in str(info.value)
+    assert "\n" not in str(info.value)
+
+
+def test_a_directory_that_is_no_teacher(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="holds neither adapter_config"):
+        launch(*ALONE, "--gkd-teacher", str(tmp_path / "empty"), hf_checkpoint=a_model(tmp_path / "student"))
+
+
+def test_teachers_with_weights_are_told_from_adapters(tmp_path):
+    student, other = a_model(tmp_path / "student"), a_model(tmp_path / "other", rope_parameters=None, rope_theta=1e6)
+    args = launch(*ALONE, "--gkd-teacher", other, hf_checkpoint=student)
+    assert teachers.teacher_weights(args) == other
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    args = launch(*ALONE, "--gkd-teacher", str(tmp_path / "adapter"), hf_checkpoint=student)
+    assert teachers.teacher_weights(args) is None
+    (tmp_path / "iter_0000003").mkdir()
+    (tmp_path / "iter_0000003" / "adapter.json").write_text("{}")
+    args = launch(*ALONE, "--gkd-teacher", str(tmp_path / "iter_0000003"), hf_checkpoint=student)
+    assert teachers.teacher_weights(args) is None
+
+
+def test_the_base_by_its_directory_is_the_teacher_base(tmp_path):
+    """And so a set-up that cannot learn."""
+    student = a_model(tmp_path / "student")
+    with pytest.raises(UsageError, match="--gkd-teacher base: the adapters start as nothing"):
+        launch(*ALONE, "--gkd-teacher", f"{student}/", hf_checkpoint=student)
+    args = launch(*GKD, "--gkd-teacher", f"{student}/", hf_checkpoint=student)
+    assert args.gkd_teacher == "base"
+
+
+def test_an_adapter_that_the_student_starts_from_teaches_nothing(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    same = ("--gkd-teacher", f"{tmp_path}/./adapter", "--lora-adapter-path", f"{tmp_path}/adapter")
+    with pytest.raises(UsageError, match="the student starts from it"):
+        launch(*ALONE, *same)
+
+
+@pytest.mark.parametrize("step, warned", [(16, False), (8, True)])
+def test_a_live_teacher_lags_within_a_rollout(caplog, step, warned):
+    launch(*GKD, "--gkd-teacher", "live", rollout_batch_size=16, global_batch_size=step)
+    assert ("2 optimizer steps on each rollout" in caplog.text) == warned
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +196,8 @@ def test_the_teachers_tokens_end_in_the_students_response(base):
     groups = [[sample("t5 t6", "t9", [5, 6, 77, 78], 2)], [sample("t4", "t8", [4, 79], 1)]]
     data = convert(types.SimpleNamespace(args=args), groups)
     assert data["prompt"] == [[9, 5, 6, 77, 78], [8, 4, 79]]
+    with pytest.raises(ValueError, match="sample 3 has images or sound"):
+        convert(types.SimpleNamespace(args=args), [[sample("t4", "t8", [4, 79], 1, multimodal_inputs={"image": 1})]])
     args.gkd_teacher_prompt_template = None
     assert "prompt" not in convert(types.SimpleNamespace(args=args), groups)
     args.use_gkd = False

@@ -116,9 +116,8 @@ def run(harness_dir, megatron_dir, slime_python, patched_slime, tmp_path_factory
                 command[-2:-2] = ["--plugin", "upset"]
             command, env = list(map(str, command)), {**os.environ, "SLIME_LORA_UPSET": upset}
             for _ in range(3):  # on a busy machine Ray may not come up in its time
-                finished = subprocess.run(
-                    list(map(str, command)), env=env, capture_output=True, text=True, check=False
-                )
+                with alone():
+                    finished = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
                 log = (work / "log.txt").read_text()
                 if "timed out during startup" not in log:
                     break

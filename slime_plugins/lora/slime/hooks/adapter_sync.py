@@ -29,7 +29,7 @@ from slime_plugins.lora.ends.export import gather_projections
 from slime_plugins.lora.peft.directory import write_adapter
 from slime_plugins.lora.peft.form import to_peft
 from slime_plugins.lora.server.names import PREFIX
-from slime_plugins.lora.slime.hooks import merged_sync, requests
+from slime_plugins.lora.slime.hooks import gkd, merged_sync, requests
 from slime_plugins.lora.slime.hooks.base_check import refuse_other_base
 from slime_plugins.lora.slime.hooks.policies import Policies
 from slime_plugins.lora.slime.hooks.refusals import versions_kept
@@ -38,7 +38,12 @@ logger = logging.getLogger(__name__)
 
 
 def weight_updater(actor, update_weight_cls):
-    """Hook: the class that slime sends weights with. slime's own unless the adapter alone is to be sent."""
+    """Hook: the class that slime sends weights with. slime's own unless the adapter alone is to be sent.
+
+    The actor has its adapters and its other policies by now, of which a teacher is made.
+    """
+    if getattr(actor.args, "use_gkd", False) and has_adapters(actor.model):
+        gkd.begin(actor)
     if not has_adapters(actor.model) or actor.args.lora_sync != "adapter" or actor.args.debug_train_only:
         return update_weight_cls
     refuse_other_base(actor.model, actor.args.hf_checkpoint)

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.objectives.teacher_prompt import TeacherPrompt
 from slime_plugins.lora.slime.hooks.paths import adapter_step_dir
+from slime_plugins.lora.slime.hooks.teachers import check_teacher
 
+logger = logging.getLogger(__name__)
 _HERE = "slime_plugins.lora.slime.hooks"
 
 
@@ -29,7 +32,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add(
         "--use-gkd", action="store_true", help="distil; in place of the policy loss, unless --gkd-coef adds it to that"
     )
-    add("--gkd-teacher", default="base", metavar="base|ema|DIR", help="base: the adapters off (%(default)s)")
+    add("--gkd-teacher", default="base", metavar="base|live|ema|DIR", help="base: the adapters off (%(default)s)")
     add("--gkd-teacher-prompt-template", default=None, metavar="TEXT", help="{prompt}, {label}, {metadata[KEY]}")
     add("--gkd-beta", "--beta", type=float, default=0.5, help="0: KL(teacher || student), 1: reverse (%(default)s)")
     add("--gkd-lmbda", "--lmbda", type=float, default=0.5, help="share of rollouts that are sampled (%(default)s)")
@@ -71,6 +74,7 @@ def set_up(args: Namespace) -> None:
     from slime_plugins.lora.objectives import make_objective
     from slime_plugins.lora.objectives.gkd import GKD
 
+    check_teacher(args)
     objective = make_objective("gkd", args)
     assert isinstance(objective, GKD)
     for name in ("gkd_temperature", "gkd_chunk_size"):
@@ -81,6 +85,7 @@ def set_up(args: Namespace) -> None:
     objective.check_values(copies=args.n_samples_per_prompt if sampled else 1, resumed=resumes)
     if args.gkd_teacher_prompt_template is not None:
         TeacherPrompt(args.gkd_teacher_prompt_template)
+    _warn_of_a_teacher_that_lags(args)
     if args.gkd_coef is None:
         objective.check_difference(args.load if resumes else args.lora_adapter_path)
         args.compute_advantages_and_returns = False  # nobody reads them: no reference pass, no log-probs
@@ -90,6 +95,19 @@ def set_up(args: Namespace) -> None:
     if sampled and args.gkd_lmbda < 1:
         args.gkd_sampler = args.rollout_function_path
         args.rollout_function_path = f"{_HERE}.distillation.generate_rollout"
+
+
+def _warn_of_a_teacher_that_lags(args: Namespace) -> None:
+    if args.gkd_teacher != "live":
+        return
+    samples, step = args.rollout_batch_size * args.n_samples_per_prompt, args.global_batch_size
+    if step is not None and step < samples:
+        logger.warning(
+            "--gkd-teacher live: %d optimizer steps on each rollout, and the teacher is the student before the first "
+            "of them; --global-batch-size %d makes it the student of every step",
+            samples // step,
+            samples,
+        )
 
 
 def is_given(args: Namespace, rollout_id: int) -> bool:
@@ -140,6 +158,11 @@ def teacher_prompts(convert):
 
 def _teacher_tokens(args: Namespace, template: TeacherPrompt, sample: Any) -> list[int]:
     """Its prompt, then the sample's own response, token by token."""
+    if getattr(sample, "multimodal_inputs", None) or getattr(sample, "multimodal_train_inputs", None):
+        raise ValueError(
+            f"--gkd-teacher-prompt-template: sample {sample.index} has images or sound, whose places in a prompt are "
+            "not known here; distil without a template, or from text alone"
+        )
     if not isinstance(sample.prompt, str):
         raise ValueError(
             f"--gkd-teacher-prompt-template: sample {sample.index} has a {type(sample.prompt).__name__} for a prompt, "

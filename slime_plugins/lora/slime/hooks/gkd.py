@@ -15,11 +15,36 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import mpu
 
 from slime_plugins.lora.objectives.divergence import Divergence, Vocabulary, reduce_over
 from slime_plugins.lora.objectives.teacher import Teacher
 from slime_plugins.lora.parallel import unwrapped
 from slime_plugins.lora.slime.hooks.distillation import is_given
+from slime_plugins.lora.slime.hooks.teachers import teacher_weights
+
+
+class OtherWeights:
+    """A teacher with weights of its own: one of slime's policies, kept in host memory and swapped in whole."""
+
+    _TAG = "gkd_teacher"  # slime's own distillation has "teacher"
+
+    def __init__(self, actor: Any, path: str):
+        actor.load_other_checkpoint(self._TAG, path)
+        self._policies = actor.weights_backuper
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, the model is the teacher; afterwards the actor again, bit for bit."""
+        self._policies.restore(self._TAG)
+        try:
+            yield
+        finally:
+            self._policies.restore("actor")
+
+    def follow(self) -> None:
+        """It stays as it is."""
 
 
 @dataclass
@@ -27,11 +52,12 @@ class _Run:
     """The distillation of this process's actor."""
 
     model: Any
-    teacher: Teacher | None = None
-    """Made at the first pass: the adapters have their values then."""
+    teacher: Teacher | OtherWeights
+    head: torch.Tensor | None = None
+    """This rank's rows of the teacher's output layer, where it is not the student's."""
     hidden: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """Identity of a sample's tokens -> those tokens, kept so that no other tensor gets their identity, and the
-    teacher's hidden states [R, H] of this rank's part of the response."""
+    teacher's hidden states [R, H] of this rank's part of the response; until the loss has read them."""
     given: bool = False
     """Are this rollout's responses those of the data?"""
 
@@ -39,15 +65,21 @@ class _Run:
 _current: _Run | None = None
 
 
-def begin(args: Namespace, model: Any) -> None:
-    """Note whose model the loss is of; called when slime's actor has built it."""
+def begin(actor: Any) -> None:
+    """Make the teacher of slime's actor, whose adapters and policies are there. Call on all ranks.
+
+    Raises:
+        UsageError, OSError, ValueError: what ``--gkd-teacher`` names does not fit.
+    """
     global _current
-    _current = _Run(model)
+    args, weights = actor.args, teacher_weights(actor.args)
+    teacher = OtherWeights(actor, weights) if weights else Teacher(actor.model, args.gkd_teacher, args.gkd_ema_decay)
+    _current = _Run(actor.model, teacher)
 
 
 def after_step(model: Any) -> None:
     """An optimizer step has been made: an average follows it."""
-    if _current is not None and _current.model is model and _current.teacher is not None:
+    if _current is not None and _current.model is model:
         _current.teacher.follow()
 
 
@@ -58,17 +90,18 @@ def teach(args: Namespace, rollout_id: int, rollout_data: dict) -> None:
         from slime.utils.misc import load_function
 
         load_function(args.gkd_own_postprocess)(args, rollout_id, rollout_data)
-    if _current.teacher is None:
-        _current.teacher = Teacher(_current.model, args.gkd_teacher, args.gkd_ema_decay)
     _current.given = is_given(args, rollout_id)
     _current.hidden.clear()
     shown, students = _shown(rollout_data)
-    with _current.teacher.active(), _without_head(_current.model), _no_replay():
-        _forward(args, _current.model, shown, students)
+    with _current.teacher.active(), _no_replay():
+        with _without_head(_current.model):
+            _forward(args, _current.model, shown, students)
+        if isinstance(_current.teacher, OtherWeights) and mpu.is_pipeline_last_stage():
+            _current.head = _head(_current.model).clone()
 
 
 def _shown(rollout_data: dict) -> tuple[dict, dict[int, torch.Tensor]]:
-    """What the teacher reads, and of each of its token tensors, by identity, the student's."""
+    """What the teacher reads; and the student's tokens by the identity of the teacher's."""
     tokens = rollout_data["tokens"]
     own = rollout_data.pop("prompt", None)  # log_rollout_data would average it
     if own is None:
@@ -90,15 +123,32 @@ def _forward(args: Namespace, model: Any, shown: dict, students: dict[int, torch
         assert _current is not None
         states = _whole_sequence(output, _config(model))[0]
         states = states.to(_head(model).dtype)  # Megatron's wrapper hands float32 out
-        for tokens, rows in zip(
-            unconcat_tokens, _rows(args, len(states), unconcat_tokens, total_lengths, response_lengths)
-        ):
-            student = students[id(tokens)]
-            _current.hidden[id(student)] = student, states[rows.to(states.device)]
+        found = _rows(args, len(states), unconcat_tokens, total_lengths, response_lengths)
+        for tokens, length, (rows, places) in zip(unconcat_tokens, response_lengths, found):
+            student, own = students[id(tokens)], states[rows.to(states.device)]
+            if student is not tokens:
+                own = _at_students_places(args, own, places, student, length)
+            _current.hidden[id(student)] = student, own
         return output.new_empty(0), {}
 
     with torch.no_grad():
         forward_only(keep, args, model, *_schedule(args, model, shown))
+
+
+def _at_students_places(args: Namespace, states, places, student: torch.Tensor, length: int) -> torch.Tensor:
+    """The same [R, H] of a response, cut over the context-parallel ranks as after the student's prompt.
+
+    Another prompt moves the cuts. The whole response is on every rank for a moment, of one sample at a time.
+    """
+    group = mpu.get_context_parallel_group()
+    if group.size() == 1:
+        return states
+    whole = states.new_zeros(length, states.shape[-1])
+    whole[places.to(states.device)] = states
+    dist.all_reduce(whole, group=group)  # each row is one rank's, so the sum is exact
+    total = len(student)
+    ((_, wanted),) = _rows(args, total + 4 * group.size(), [student], [total], [length])
+    return whole[wanted.to(states.device)]
 
 
 def _schedule(args: Namespace, model: Any, shown: dict) -> tuple[list, list[int]]:
@@ -110,21 +160,30 @@ def _schedule(args: Namespace, model: Any, shown: dict) -> tuple[list, list[int]
     return get_data_iterator(args, model, shown)  # v0.2.4 makes the schedule here
 
 
+def _taught(tokens: torch.Tensor) -> torch.Tensor:
+    """The teacher's hidden states of a sample, which are given up: they are read once."""
+    assert _current is not None
+    if id(tokens) not in _current.hidden:
+        raise ValueError(
+            f"--use-gkd: a sample of {len(tokens)} tokens in a training step was not shown to the teacher, expected "
+            "the very tensors of the rollout, each once; does a hook change or copy them, or train on them twice?"
+        )
+    return _current.hidden.pop(id(tokens))[1]
+
+
 def loss(args: Namespace, batch: dict, logits: torch.Tensor, sum_of_sample_mean) -> tuple[torch.Tensor, dict]:
     """slime's custom loss: of logits [1, T, V/TP], summed over samples as slime's own losses are, and what to log."""
-    from megatron.core import mpu
-
     assert _current is not None
     tokens = batch["unconcat_tokens"]
     total, metrics = _other_losses(args, batch, logits, sum_of_sample_mean)
     rows = _rows(args, logits.shape[1], tokens, batch["total_lengths"], batch["response_lengths"])
-    hidden = torch.cat([_current.hidden[id(one)][1] for one in tokens])
-    row = torch.cat(rows).to(logits.device)
+    hidden = torch.cat([_taught(one) for one in tokens])
+    row = torch.cat([of_sample for of_sample, _ in rows]).to(logits.device)
     weights = logits.new_zeros(logits.shape[1])
     weights[row] = _weights(sum_of_sample_mean, len(row), logits.device)
     place = torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device)
     place[row] = torch.arange(len(row), device=logits.device)
-    head, width = _head(_current.model), logits.shape[-1]
+    head, width = _head(_current.model) if _current.head is None else _current.head, logits.shape[-1]
     divergence, statistics = Divergence(args.gkd_beta, args.gkd_temperature, args.gkd_chunk_size)(
         logits[0],
         lambda index: hidden[place[index[0]]] @ head.t(),
@@ -167,19 +226,23 @@ def _weights(sum_of_sample_mean, count: int, device: torch.device) -> torch.Tens
     return weights
 
 
-def _rows(args, length: int, tokens, total_lengths, response_lengths) -> list[torch.Tensor]:
-    """Per sample, in which of this rank's ``length`` rows its response tokens are predicted: int64."""
+def _rows(args, length: int, tokens, total_lengths, response_lengths) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Per sample, in which of this rank's ``length`` rows response tokens are predicted, and which of the response's
+    tokens those are: int64, both."""
     from slime.backends.megatron_utils.loss import get_responses
 
     numbers = torch.arange(length, dtype=torch.float32)[None, :, None]  # exact to 2^24
     found = get_responses(
         numbers,
         args=Namespace(**{**vars(args), "rollout_temperature": 1.0}),  # rows, not logits: v0.2.4 always divides
-        unconcat_tokens=tokens,
+        unconcat_tokens=[torch.arange(len(one)) for one in tokens],
         total_lengths=total_lengths,
         response_lengths=response_lengths,
     )
-    return [rows[:, 0].long() for rows, _ in found]
+    return [
+        (rows[:, 0].long(), places - (total - response))
+        for (rows, places), total, response in zip(found, total_lengths, response_lengths)
+    ]
 
 
 def _last(model: Any) -> torch.nn.Module:

@@ -23,7 +23,6 @@ from slime_plugins.lora.adapters import adapters_disabled, base_parameters, has_
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.layers import Carrier
 from slime_plugins.lora.quantize import base_quant_of
-from slime_plugins.lora.slime.hooks import gkd
 from slime_plugins.lora.slime.hooks.base_check import same_base
 from slime_plugins.lora.slime.hooks.checkpoints import another_policy
 from slime_plugins.lora.slime.hooks.merged_sync import MergedWeights
@@ -36,8 +35,6 @@ def weights_backuper(actor, backuper):
     """Hook: the actor's store of weights. slime's own for a model without adapters."""
     if not has_adapters(actor.model):
         return backuper
-    if getattr(actor.args, "use_gkd", False):
-        gkd.begin(actor.args, actor.model)
     return Policies(actor.args, actor.model)
 
 

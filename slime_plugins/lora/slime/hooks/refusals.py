@@ -5,149 +5,20 @@ A row holds where reading or running the other side's code showed wrong weights,
 
 from __future__ import annotations
 
-import importlib
-import json
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
 
 from packaging.version import Version
 
-from slime_plugins.lora.config import LoRAConfig
-from slime_plugins.lora.names import LINEARS, Linear, hf_names
-from slime_plugins.lora.slime.hooks.paths import adapter_step_dir
-from slime_plugins.lora.targets import Targets
+from slime_plugins.lora.slime.hooks.gkd_refusals import GKD
+from slime_plugins.lora.slime.hooks.refusal import ROUTER, Launch, Refusal, resumes
 
 _QKV, _FC1 = "self_attention.linear_qkv", "linear_fc1"
-_ROUTER = "mlp.router"
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What a launch is: slime's arguments, the SGLang that is installed here, the base's ``config.json``."""
-
-    args: Namespace
-    sglang: Version | None = field(default_factory=lambda: installed_sglang())
-
-    def given(self, name: str) -> Any:
-        """An argument of slime's; None where this slime has none of that name."""
-        return getattr(self.args, name, None)
-
-    @property
-    def adapter_sync(self) -> bool:
-        """Is the adapter alone sent to engines that run?"""
-        return self.given("lora_sync") == "adapter" and not self.given("debug_train_only")
-
-    @cached_property
-    def base(self) -> dict[str, Any]:
-        """The base's Hugging Face config, the text model's where it has several; empty where there is none to read."""
-        file = Path(self.given("hf_checkpoint") or "") / "config.json"
-        try:
-            config = json.loads(file.read_text())
-        except (OSError, ValueError):
-            return {}
-        return config | (config.get("text_config") or {})
-
-    @cached_property
-    def models(self) -> list[dict[str, Any]]:
-        """What ``--sglang-config`` lists; empty without one.
-
-        Raises:
-            ValueError: it cannot be read here.
-        """
-        file = self.given("sglang_config")
-        if not file:
-            return []
-        try:
-            yaml = importlib.import_module("yaml")  # slime's own; not everyone who asks ``doctor`` has it
-            models = yaml.safe_load(Path(file).read_text())["sglang"]
-        except Exception as error:  # YAML has errors of its own, in a module that may not be there
-            raise ValueError(
-                f"--sglang-config {file} cannot be read here ({type(error).__name__}: {error})"
-            ) from error
-        return [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
-
-    @cached_property
-    def adapted(self) -> dict[str, set[str]]:
-        """Path in a layer -> Hugging Face leaves that get adapters, the smallest set of any layer that gets some."""
-        found: dict[str, set[str]] = {}
-        for _, path, leaves in adapted_linears(self.args):
-            found[path] = found[path] & leaves if path in found else leaves
-        return found
-
-    @property
-    def moe(self) -> bool:
-        """Are routed experts adapted?"""
-        return any(path.startswith("mlp.experts.") for path in self.adapted)
-
-    @property
-    def shared(self) -> bool:
-        """Are shared experts adapted?"""
-        return any(path.startswith("mlp.shared_experts.") for path in self.adapted)
-
-
-def installed_sglang() -> Version | None:
-    """The version that is installed on this machine; engines elsewhere are taken to have the same."""
-    try:
-        return Version(version("sglang"))
-    except PackageNotFoundError:
-        return None
-
-
-def adapted_linears(args: Namespace) -> Iterator[tuple[int, str, set[str]]]:
-    """(layer, path in the layer, Hugging Face leaves) of every linear of this model that gets an adapter."""
-    config = LoRAConfig.from_args(args)
-    targets = Targets(config.target_modules, config.exclude_modules)
-    for path, linear in LINEARS.items():
-        if not _in_model(linear, args):
-            continue
-        for layer in range(args.num_layers):
-            name = f"decoder.layers.{layer}.{path}"
-            leaves = {hf_names(name)[part].rsplit(".", 1)[-1] for part in targets.parts_of(name)}
-            if leaves:
-                yield layer, path, leaves
-
-
-def _in_model(linear: Linear, args: Namespace) -> bool:
-    """Can this model have such a linear? Dense layers of a model with experts cannot be told from its flags."""
-    path, mla = linear.path, bool(getattr(args, "multi_latent_attention", False))
-    if linear.mla is not None and linear.mla is not mla:
-        return False
-    if linear.mla:
-        has_q_rank = bool(getattr(args, "q_lora_rank", None))
-        direct = path.endswith("linear_q_proj")
-        low_rank = path.endswith(("linear_q_down_proj", "linear_q_up_proj"))
-        return not (direct and has_q_rank) and not (low_rank and not has_q_rank)
-    if linear.is_expert or path == _ROUTER:
-        return bool(getattr(args, "num_experts", None))
-    if path.startswith("mlp.shared_experts."):
-        return bool(getattr(args, "moe_shared_expert_intermediate_size", None))
-    return True
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """One combination that cannot work."""
-
-    name: str
-    when: Callable[[Launch], Any]
-    reason: str
-    """One line: what, why, the way out."""
 
 
 def refused(launch: Launch) -> list[Refusal]:
     """Every row that holds for this launch."""
     rows = [*TRAINING, *(ADAPTER_SYNC if launch.adapter_sync else ()), *(GKD if launch.given("use_gkd") else ())]
     return [row for row in rows if row.when(launch)]
-
-
-def _resumes(launch: Launch) -> bool:
-    load = launch.given("load")
-    return load is not None and adapter_step_dir(load, launch.given("ckpt_step")) is not None
 
 
 def _linear_attention(launch: Launch) -> bool:
@@ -255,7 +126,7 @@ TRAINING = (
         lambda launch: (
             launch.given("update_weight_mode") == "delta"
             and not launch.given("debug_train_only")
-            and (_resumes(launch) or launch.given("lora_adapter_path"))
+            and (resumes(launch) or launch.given("lora_adapter_path"))
         ),
         "--update-weight-mode delta sends nothing at the first sync, so a run that starts from an adapter (--load, "
         "--lora-adapter-path) would roll out its first batch on the base; use --update-weight-mode full",
@@ -297,7 +168,7 @@ TRAINING = (
     Refusal(
         "reference without a start",
         lambda launch: (
-            launch.given("lora_ref") == "start" and not launch.given("lora_adapter_path") and not _resumes(launch)
+            launch.given("lora_ref") == "start" and not launch.given("lora_adapter_path") and not resumes(launch)
         ),
         "--lora-ref start without --lora-adapter-path: training starts from the base, which is the reference anyway; "
         "give the adapter to start from, or drop --lora-ref",
@@ -453,7 +324,7 @@ ADAPTER_SYNC = (
     ),
     Refusal(
         "router",
-        lambda launch: _ROUTER in launch.adapted,
+        lambda launch: ROUTER in launch.adapted,
         "SGLang serves no adapter of the router; leave it out of --lora-target-modules, or use --lora-sync merged",
     ),
     Refusal(
@@ -504,94 +375,6 @@ ADAPTER_SYNC = (
     ),
 )
 """Of ``--lora-sync adapter``: what SGLang would refuse, drop or die of."""
-
-
-GKD = (
-    Refusal(
-        "trained rows",
-        lambda launch: launch.given("trainable_token_indices"),
-        "--use-gkd with trained vocabulary rows: the teacher is read through the student's output layer, which would "
-        "be the frozen one; drop --trainable-token-indices",
-    ),
-    Refusal(
-        "sequence-level distillation",
-        lambda launch: launch.given("seq_kd"),
-        "--seq-kd trains on a teacher's samples: write them into the data set and train with --gkd-lmbda 0; drop it",
-    ),
-    Refusal(
-        "another loss",
-        lambda launch: launch.given("loss_type") not in (None, "policy_loss"),
-        "--use-gkd is the loss, or with --gkd-coef a part of the policy loss; drop --loss-type",
-    ),
-    Refusal(
-        "a part of a loss that is not there",
-        lambda launch: launch.given("gkd_coef") is not None and not launch.given("compute_advantages_and_returns"),
-        "--gkd-coef adds the divergence to the policy loss, which needs advantages; drop "
-        "--disable-compute-advantages-and-returns, or --gkd-coef",
-    ),
-    Refusal(
-        "the policy loss on given responses",
-        lambda launch: (
-            launch.given("gkd_coef") is not None
-            and not launch.given("debug_train_only")
-            and launch.given("gkd_lmbda") < 1
-        ),
-        "--gkd-coef with --gkd-lmbda below 1: given responses are no samples of the policy and have no rewards, and "
-        "one response to a prompt has no advantage; use --gkd-lmbda 1",
-    ),
-    Refusal(
-        "recomputed loss",
-        lambda launch: launch.given("recompute_loss_function"),
-        "--recompute-loss-function computes the loss again from logits that the divergence has overwritten with their "
-        "gradient, and saves nothing there: it keeps no vocabulary-sized tensor; drop it",
-    ),
-    Refusal(
-        "samples without a rollout",
-        lambda launch: launch.given("debug_train_only") and launch.given("gkd_lmbda"),
-        "--debug-train-only samples nothing, and --gkd-lmbda above 0 wants the student's own samples; give "
-        "--gkd-lmbda 0, which trains on the responses that are loaded",
-    ),
-    Refusal(
-        "responses without a data set",
-        lambda launch: (
-            not launch.given("debug_train_only")
-            and (1.0 if launch.given("gkd_lmbda") is None else launch.given("gkd_lmbda")) < 1
-            and not launch.given("rollout_global_dataset")
-        ),
-        "--gkd-lmbda below 1 takes responses from the data set (--label-key), and --disable-rollout-global-dataset "
-        "says that there is none; give --gkd-lmbda 1, or a data set",
-    ),
-    Refusal(
-        "context parallelism and a prompt of the teacher's own",
-        lambda launch: (
-            (launch.given("context_parallel_size") or 1) > 1 and launch.given("gkd_teacher_prompt_template")
-        ),
-        "--gkd-teacher-prompt-template with --context-parallel-size above 1: the two prompts are cut over the ranks "
-        "at different tokens, and nothing moves hidden states between them; use --context-parallel-size 1",
-    ),
-    Refusal(
-        "gathered context parallelism",
-        lambda launch: launch.given("allgather_cp"),
-        "--allgather-cp moves log-probs between ranks after the loss has them, a vocabulary it cannot; drop it",
-    ),
-    Refusal(
-        "padded batches",
-        lambda launch: launch.given("qkv_format") == "bshd",
-        "--qkv-format bshd pads every sample, and distillation looks for tokens in packed ones; use --qkv-format thd",
-    ),
-    Refusal(
-        "the critic's loss",
-        lambda launch: launch.given("use_critic"),
-        "--use-gkd replaces the loss of every model in slime, the critic's too; use an estimator without a critic",
-    ),
-    Refusal(
-        "an adapter that the policies know nothing of",
-        lambda launch: launch.given("offload_train") and launch.given("gkd_teacher") not in (None, "base"),
-        "--gkd-teacher other than base with --offload-train: its adapter would be lost with the trainer's memory; "
-        "use --gkd-teacher base, or --no-offload-train",
-    ),
-)
-"""Of ``--use-gkd``."""
 
 
 def versions_kept(args: Namespace) -> int:
