@@ -1,8 +1,8 @@
 """Tiny models with routed experts: a Hugging Face checkpoint, and the same base as Megatron chunks on every rank.
 
 ``qwen3_moe``, ``qwen2_moe`` (shared expert with a gate), ``glm4_moe`` (dense first layer, sigmoid router, shared
-expert), ``deepseek_v3`` (the same with MLA), ``qwen3_next`` and ``qwen3_5_moe_text`` (a layer of linear attention, then
-one of gated attention, norms around 0). ``qwen3_5_text`` is the last one without experts.
+expert), ``deepseek_v3`` (the same with MLA), ``qwen3_next`` and ``qwen3_5_moe_text`` (a layer of linear attention,
+then one of gated attention, norms around 0). ``qwen3_5_text`` is the last one without experts.
 Weights are cut by hand here, not by the code under test.
 """
 
@@ -164,7 +164,9 @@ def transformer_config(hf: dict, **overrides):
         num_moe_experts=None if dense else EXPERTS,
         moe_router_topk=TOPK,
         moe_ffn_hidden_size=None if dense else EXPERT_FFN,
-        moe_layer_freq=[int(not dense and i >= hf.get("first_k_dense_replace", 0)) for i in range(hf["num_hidden_layers"])],
+        moe_layer_freq=[
+            int(not dense and i >= hf.get("first_k_dense_replace", 0)) for i in range(hf["num_hidden_layers"])
+        ],
         moe_router_load_balancing_type="none",
         moe_router_dtype="fp32",
         moe_token_dispatcher_type="alltoall",
