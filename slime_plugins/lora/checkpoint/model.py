@@ -29,7 +29,7 @@ from slime_plugins.lora.quant.dequantize import is_dequantised
 from slime_plugins.lora.quant.packed import PackedWeight, dense_of
 from slime_plugins.lora.quantize import base_quant_of
 
-_LAYER = re.compile(r"(?:module\.)*decoder\.layers\.\d+")
+_LAYER = re.compile(r"(?:module\.|language_model\.)*decoder\.layers\.\d+")
 
 
 @dataclass(frozen=True)
