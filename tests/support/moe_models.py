@@ -2,8 +2,8 @@
 
 ``qwen3_moe``, ``qwen2_moe`` (shared expert with a gate), ``glm4_moe`` (dense first layer, sigmoid router, shared
 expert), ``deepseek_v3`` (the same with MLA), ``qwen3_next`` and ``qwen3_5_moe_text`` (a layer of linear attention,
-then one of gated attention, norms around 0). ``qwen3_5_text`` is the last one without experts, ``qwen3_5`` that one with
-a vision tower (see ``vision_model``).
+then one of gated attention, norms around 0). ``qwen3_5_text`` is the last one without experts, ``qwen3_5`` that one
+with a vision tower (see ``vision_model``).
 Weights are cut by hand here, not by the code under test.
 """
 
