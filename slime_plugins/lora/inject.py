@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -27,13 +28,13 @@ from slime_plugins.lora.layers import (
     spec_for,
 )
 from slime_plugins.lora.layers.guards import guard_frozen
-from slime_plugins.lora.names import in_experts, in_layer_order, is_adapter, is_known
+from slime_plugins.lora.layers.towers import Tower, refuse_targets, towers_of
+from slime_plugins.lora.names import IN_LAYER, in_experts, in_layer_order, is_adapter, is_known
 from slime_plugins.lora.parallel import all_gather_over, chunks_of, model_parallel, pipeline_group, unwrapped
 from slime_plugins.lora.targets import Targets, check_all_matched, short_name
 from slime_plugins.lora.tokens import NO_VOCABULARY, add_token_rows, check_ids, vocabulary_of
 
-_LAYER = re.compile(r"^(?:module\.)*(decoder\.layers\.)(\d+)\.(.+)$")
-_MTP = re.compile(r"^(?:module\.)*mtp\.")
+_MTP = re.compile(r"^(?:module\.|language_model\.)*mtp\.")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class LoRAReport:
     adapter_bytes: int
     not_adaptable: tuple[str, ...] = ()
     """Matrices of decoder layers for which there is no LoRA form, and why: layer numbers starred, each said once."""
+    frozen: tuple[tuple[str, int], ...] = ()
+    """What there is beside the language model (``model.visual``), and its parameters, which never train."""
 
     def __str__(self) -> str:
         groups: Counter = Counter()
@@ -81,6 +84,7 @@ class LoRAReport:
             f"trainable params: {self.trainable_parameters:,} || all params: {self.total_parameters:,} || "
             f"trainable%: {share:.4f} || adapter: {self.adapter_bytes / 2**20:.2f} MiB"
         )
+        lines += [f"frozen: {name} ({parameters:,} parameters)" for name, parameters in self.frozen]
         lines += [f"not adapted: {what}" for what in self.not_adaptable]
         return "LoRA\n" + "\n".join("  " + line.rstrip() for line in lines)
 
@@ -116,16 +120,21 @@ def apply_lora(model, config: LoRAConfig, *, freeze_base: bool = True) -> LoRARe
     except ValueError as error:  # every stage must raise, or the others would wait for this one
         problem = error
     rest = [what for survey in surveys for what in survey.rest]
-    stages = all_gather_over(pipeline_group(), (sorted(matched), [name for name, _ in candidates], problem, rest))
-    for _, _, stage_problem, _ in stages:
+    here = [tower for survey in surveys for tower in survey.towers]
+    found = (sorted(matched), [name for name, _ in candidates], problem, rest, here)
+    stages = all_gather_over(pipeline_group(), found)
+    for _, _, stage_problem, _, _ in stages:
         if stage_problem is not None:
             raise stage_problem
     if ids and not any(all_gather_over(pipeline_group(), vocabulary.embedding is not None)):
         raise ValueError("trained token rows: this model has no embedding.word_embeddings on any stage")
+    matched = {entry for entries, *_ in stages for entry in entries}
+    towers = [tower for *_, stage_towers in stages for tower in stage_towers]
+    refuse_targets((entry for entry in config.target_modules if entry not in matched), towers)
     check_all_matched(
         Targets(config.target_modules, config.exclude_modules),
-        {entry for entries, _, _, _ in stages for entry in entries},
-        [name for _, names, _, _ in stages for name in names],
+        matched,
+        [name for _, names, *_ in stages for name in names],
     )
     if freeze_base:
         for chunk in chunks:
@@ -137,7 +146,9 @@ def apply_lora(model, config: LoRAConfig, *, freeze_base: bool = True) -> LoRARe
     remember(chunks, config)
     for chunk in chunks:
         _let_recompute_see_gradients(chunk)
-    return _report(chunks, linears, rows, tuple(dict.fromkeys(what for _, _, _, rest in stages for what in rest)))
+    not_adaptable = tuple(dict.fromkeys(what for *_, stage_rest, _ in stages for what in stage_rest))
+    frozen = tuple((tower.name, tower.parameters) for tower in towers)
+    return dataclasses.replace(_report(chunks, linears, rows), not_adaptable=not_adaptable, frozen=frozen)
 
 
 @dataclass(frozen=True)
@@ -148,18 +159,20 @@ class _Survey:
     """Global name and module of every linear that the name table knows."""
     rest: list[str]
     """As ``LoRAReport.not_adaptable``."""
+    towers: list[Tower]
+    """What the chunk has beside its language model."""
 
 
 def _survey(chunk: torch.nn.Module) -> _Survey:
     if hasattr(chunk, "ddp_config"):
         raise ValueError("apply_lora was given a model that DDP has wrapped already; apply it in the model provider")
-    found = _Survey([], [])
+    found = _Survey([], [], towers_of(chunk))
     modules = dict(chunk.named_modules())
     for name, module in modules.items():
         if isinstance(module, LoRALinear):
             raise ValueError(f"{name} carries an adapter already; apply_lora once per model")
-        match = _LAYER.match(name)
-        if match:
+        match = IN_LAYER.match(name)
+        if match and match[3]:
             layer = modules[name[: match.end(2)]]
             found_here = _linears_at(match[3], module)
             found.candidates.extend(
@@ -181,6 +194,8 @@ def _linears_at(path: str, module: torch.nn.Module) -> dict[str, torch.nn.Module
 
 
 def _has_matrix(module: torch.nn.Module) -> bool:
+    if isinstance(module, torch.nn.Conv1d):  # of linear attention: a few weights per channel
+        return False
     return any(p.dim() > 1 and "weight" in name for name, p in module.named_parameters(recurse=False))
 
 
@@ -267,10 +282,7 @@ def _is_copy(parameter: torch.nn.Parameter, chunk: torch.nn.Module) -> bool:
 
 
 def _report(
-    chunks: Sequence[torch.nn.Module],
-    linears: Sequence[LoRALinear],
-    token_rows: Sequence[TokenRows],
-    not_adaptable: tuple[str, ...],
+    chunks: Sequence[torch.nn.Module], linears: Sequence[LoRALinear], token_rows: Sequence[TokenRows]
 ) -> LoRAReport:
     modules, adapter_bytes = [], sum(carrier.lora_bytes() for carrier in (*linears, *token_rows))
     for linear in linears:
@@ -293,5 +305,4 @@ def _report(
         trainable_parameters=sum(stage[1] for stage in stages),
         total_parameters=sum(stage[2] for stage in stages),
         adapter_bytes=sum(stage[3] for stage in stages),
-        not_adaptable=not_adaptable,
     )

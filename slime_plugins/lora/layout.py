@@ -41,6 +41,8 @@ class Part:
     widths: tuple[int, ...] = ()
     """Of the pieces of one head. A run is piece after piece, each of all ``heads`` heads; Hugging Face has head after
     head, each of all pieces. () for a run that is in Hugging Face order."""
+    spans: tuple[tuple[int, int], ...] = ()
+    """Where shards hold unequal shares: of every shard, the first of its rows in the projection, and their number."""
 
     @property
     def size(self) -> int:
@@ -106,6 +108,45 @@ def qkv_parts(
         Part(k, q_rows, head_dim, stride, num_query_groups),
         Part(v, q_rows + head_dim, head_dim, stride, num_query_groups),
     )
+
+
+def cuts_groups(config, shards: int) -> bool:
+    """Are there more shards than query groups, so that a shard of ``linear_qkv`` is a piece of one group?"""
+    return shards > config.num_query_groups and shards % config.num_query_groups == 0
+
+
+def parts_of_group_piece(name: str, leaves: tuple[str, ...], rows: int, config, shards: int, shard: int) -> tuple:
+    """Parts of a shard of ``linear_qkv`` that is a piece of one query group; some may have no row.
+
+    Megatron gathers the outputs of such shards and takes the heads of each rank out of them. A group is [q .. q k v],
+    and a piece of it a run of its rows: so is what it has of q, of k and of v, in Hugging Face's order too.
+
+    Raises:
+        UsageError: an output gate, whose rows Hugging Face has in another order, or rows beside q, k and v.
+    """
+    if getattr(config, "attention_output_gate", False):
+        raise UsageError(
+            f"tensor-parallel size {shards} cuts through the {config.num_query_groups} query groups of {name}, which "
+            f"has an output gate; use one that divides {config.num_query_groups}, or exclude it"
+        )
+    per_group, d = shards // config.num_query_groups, config.kv_channels
+    sizes = (config.num_attention_heads // config.num_query_groups * d, d, d)
+    if sum(sizes) != rows * per_group:
+        raise UsageError(
+            f"{name} has {rows} rows on this rank, not 1/{per_group} of a query group of {sum(sizes)}; extra rows "
+            "cannot be adapted; exclude it"
+        )
+    parts, first = [], 0
+    for leaf, size in zip(leaves, sizes):
+        cuts = [(i // per_group, i % per_group * rows) for i in range(shards)]
+        inside = [
+            (group, start, *(min(max(at - first, 0), size) for at in (start, start + rows))) for group, start in cuts
+        ]
+        spans = tuple((group * size + low, high - low) for group, _, low, high in inside)
+        _, start, low, high = inside[shard]
+        parts.append(Part(leaf, max(first + low - start, 0), high - low, rows, 1, spans=spans))
+        first += size
+    return tuple(parts)
 
 
 def gated_parts(rows: int, names=("gate_proj", "up_proj")) -> tuple:

@@ -83,6 +83,8 @@ _TABLE = (
 LINEARS = {linear.path: linear for linear in _TABLE}
 """Megatron path in a layer -> its record."""
 
+IN_LAYER = re.compile(r"^(?:module\.|language_model\.)*(decoder\.layers\.)(\d+)(?:\.(.+))?$")
+"""A module of a decoder layer by its path in a chunk, wrapped or inside a model that sees images (slime's Qwen3.5)."""
 _MEGATRON = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _HF = re.compile(r"model\.layers\.(\d+)\.(.+)\.(\w+)")
 _EXPERT = re.compile(r"^(mlp\.experts)\.(\d+)(?=\.|$)")

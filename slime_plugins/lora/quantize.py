@@ -24,7 +24,7 @@ from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.files.safetensors import torch_dtype
 from slime_plugins.lora.layers import FrozenLinear, frozen_of
 from slime_plugins.lora.layout import ROWS, Part
-from slime_plugins.lora.names import hf_names, is_known, of_expert, record_of
+from slime_plugins.lora.names import IN_LAYER, hf_names, is_known, of_expert, record_of
 from slime_plugins.lora.parallel import (
     all_gather,
     all_gather_over,
@@ -40,7 +40,6 @@ from slime_plugins.lora.quant.hold import hold
 from slime_plugins.lora.quant.packed import Packed, PackedWeight
 from slime_plugins.lora.targets import check_all_matched, short_name
 
-_LAYER = re.compile(r"^(?:module\.)*(decoder\.layers\.)(\d+)\.(.+)$")
 _EXPERT = re.compile(r"\.(?:local_experts\.)?\d+(?=\.linear_fc[12]$)")
 
 
@@ -187,8 +186,8 @@ def matrices_of(chunk: torch.nn.Module) -> Iterator[Matrix]:
     """Every base weight of the decoder linears that the name table knows, in model order."""
     modules = dict(chunk.named_modules())
     for path, module in modules.items():
-        match = _LAYER.match(path)
-        base = frozen_of(module) if match else None
+        match = IN_LAYER.match(path)
+        base = frozen_of(module) if match and match[3] else None
         if match is None or base is None or not base.owns_weights or not base.can_be_packed:
             continue
         leaf = _EXPERT.sub("", match[3])

@@ -45,7 +45,7 @@ def test_the_page_has_the_table(found):
 
 
 @pytest.mark.parametrize("version", SGLANG)
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "glm4_moe", "deepseek_v3", "qwen3_5_moe_text"])
 def test_shards_of_tensor_parallel_engines(root, version, family):
     result = serving_cases.outcome(root, version, family, "all-linear", tp=2)
     assert result.trouble is None

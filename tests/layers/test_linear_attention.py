@@ -1,4 +1,4 @@
-"""Linear attention (Qwen3.5, Qwen3-Next): logits and adapter gradients against transformers + PEFT, however it is split.
+"""Linear attention (Qwen3.5, Qwen3-Next): logits and gradients against transformers + PEFT, however it is split.
 
 Its projections are whole on every tensor-parallel rank, in slime and here (tests/support/linear_attention.py).
 

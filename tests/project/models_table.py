@@ -28,6 +28,8 @@ class Family:
     experts: bool = False
     shared: bool = False
     dense_mlp: bool = True
+    linear: tuple[str, ...] = ()
+    """Projections of its linear attention."""
 
 
 DENSE = "Llama, Qwen2.5, Qwen3"
@@ -40,20 +42,38 @@ FAMILIES = (
     Family("GLM-4.5", "Glm4MoeForCausalLM", "glm4_moe", "GLM-4.5", experts=True, shared=True),
     Family("DeepSeek-V3, Kimi-K2", "DeepseekV3ForCausalLM", "deepseek_v3", "DeepSeek-V3, Kimi-K2", True, True, True),
     Family(
-        "Qwen3-Next (attention layers)",
+        "Qwen3-Next",
         "Qwen3NextForCausalLM",
         "qwen3_next",
         "Qwen3-Next",
         experts=True,
         shared=True,
         dense_mlp=False,
+        linear=("in_proj_qkvz", "out_proj"),
+    ),
+    Family(
+        "Qwen3.5",
+        "Qwen3_5ForCausalLM",
+        "qwen3_5_text",
+        "Qwen3.5",
+        linear=("in_proj_qkv", "in_proj_z", "out_proj"),
+    ),
+    Family(
+        "Qwen3.5-MoE",
+        "Qwen3_5MoeForCausalLM",
+        "qwen3_5_moe_text",
+        "Qwen3.5-MoE",
+        experts=True,
+        shared=True,
+        dense_mlp=False,
+        linear=("in_proj_qkv", "in_proj_z", "out_proj"),
     ),
 )
 
 
 def adapted(family: Family) -> list[str]:
     """Megatron linears that ``all-linear`` means."""
-    from slime_plugins.lora.names import LINEARS
+    from slime_plugins.lora.names import LINEARS, in_linear_attention
 
     found = []
     for path, linear in LINEARS.items():
@@ -63,9 +83,11 @@ def adapted(family: Family) -> list[str]:
             continue
         if path.startswith("mlp.linear") and not family.dense_mlp:
             continue
+        if in_linear_attention(path) and linear.leaves[0] not in family.linear:
+            continue
         if path == "self_attention.linear_q_proj":  # where the query has no low rank
             continue
-        found.append(path.partition(".")[2])
+        found.append(path.partition(".")[2].removeprefix("linear_attn."))
     return found
 
 
@@ -84,6 +106,7 @@ def tested(family: Family) -> str:
     for name in (
         "layers/test_parity.py",
         "layers/test_experts.py",
+        "layers/test_linear_attention.py",
         "ends/test_experts_files.py",
         "ends/test_export.py",
     ):

@@ -106,11 +106,16 @@ def set_adapters(chunks, layout: str, rank: int) -> None:
 def set_values(chunks, values: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Give every adapter this rank's shards of whole (A, B) pairs by projection name."""
     for linear in iter_linears(chunks):
-        spec = linear.lora
-        As, Bs = shard(linear, values)
-        linear.lora_A.copy_(torch.cat(As) if spec.split else As[0])
-        for i, B in enumerate(Bs):
-            linear.lora_B[rows_of_B(linear, i)] = B
+        set_values_of(linear, values)
+
+
+@torch.no_grad()
+def set_values_of(linear, values: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """The same of one adapter."""
+    As, Bs = shard(linear, values)
+    linear.lora_A.copy_(torch.cat(As) if linear.lora.split else As[0])
+    for i, B in enumerate(Bs):
+        linear.lora_B[rows_of_B(linear, i)] = B
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Linear attention as slime has it in Megatron: a module of Hugging Face's, whole on every tensor-parallel rank.
 
-transformers computes it; around it are slime's norm, its gather of the tokens, and its scatter, whose backward do not sum.
+transformers computes it; around it are slime's norm, its gather of the tokens, and its scatter, whose backwards do
+not sum.
 """
 
 from __future__ import annotations

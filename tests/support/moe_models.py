@@ -1,8 +1,9 @@
 """Tiny models with routed experts: a Hugging Face checkpoint, and the same base as Megatron chunks on every rank.
 
 ``qwen3_moe``, ``qwen2_moe`` (shared expert with a gate), ``glm4_moe`` (dense first layer, sigmoid router, shared
-expert), ``deepseek_v3`` (the same with MLA), ``qwen3_next`` and ``qwen3_5_moe_text`` (a layer of linear attention, then
-one of gated attention, norms around 0). ``qwen3_5_text`` is the last one without experts.
+expert), ``deepseek_v3`` (the same with MLA), ``qwen3_next`` and ``qwen3_5_moe_text`` (a layer of linear attention,
+then one of gated attention, norms around 0). ``qwen3_5_text`` is the last one without experts, ``qwen3_5`` that one
+with a vision tower (see ``vision_model``).
 Weights are cut by hand here, not by the code under test.
 """
 
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import vision_model
 from safetensors.torch import load_file
 
 VOCAB, HIDDEN, HEADS, GROUPS, HEAD_DIM = 96, 40, 4, 2, 12
@@ -23,7 +25,7 @@ MLA = {"q_lora_rank": 28, "kv_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_he
 FAMILIES = ("qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3", "qwen3_next", "qwen3_5_moe_text")
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6}
 LINEAR |= {"linear_conv_kernel_dim": 4}
-WITH_LINEAR = ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text")
+WITH_LINEAR = ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_5")
 
 
 @contextlib.contextmanager
@@ -71,20 +73,23 @@ def make_checkpoint(path: Path, family: str, *, unused_experts: tuple[int, ...] 
         common |= LINEAR | dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
         if family != "qwen3_next":
             common["rope_parameters"] |= {"mrope_section": [HEAD_DIM // 6] * 3}
-        if family == "qwen3_5_text":
+        if family in ("qwen3_5_text", "qwen3_5"):
             del common["num_experts_per_tok"], common["moe_intermediate_size"]
             config = transformers.Qwen3_5TextConfig(**common, **gqa)
         else:
             common |= dict(shared_expert_intermediate_size=SHARED_FFN, num_experts=EXPERTS, norm_topk_prob=True)
             made = transformers.Qwen3NextConfig if family == "qwen3_next" else transformers.Qwen3_5MoeTextConfig
             config = made(**common, **gqa)
+        if family == "qwen3_5":
+            config = vision_model.config(config)
     elif family == "glm4_moe":
         config = transformers.Glm4MoeConfig(**common, **gqa, **sigmoid, use_qk_norm=True, partial_rotary_factor=1.0)
     else:
         config = transformers.DeepseekV3Config(**common, **MLA, **sigmoid, num_key_value_heads=HEADS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        auto = transformers.AutoModelForImageTextToText if family == "qwen3_5" else transformers.AutoModelForCausalLM
+        model = auto.from_config(config)
         with torch.no_grad():
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
                 if "norm" in name or name.endswith(".bias"):
@@ -103,7 +108,7 @@ def linears(path: Path) -> dict[str, tuple[int, int]]:
     return {
         name.removesuffix(".weight"): shape
         for name, shape in shapes.items()
-        if len(shape) == 2 and ".layers." in name and not name.endswith(skipped)
+        if len(shape) == 2 and ".layers." in name and ".visual." not in name and not name.endswith(skipped)
     }
 
 
@@ -249,6 +254,8 @@ def build_chunks(hf_dir, *, te=False, apply: Callable | None = None, **overrides
 
     moe_utils.__dict__.setdefault("te_general_gemm", None)  # which 0.16.1 reads without TE, and has not set
     hf = json.loads(Path(hf_dir, "config.json").read_text())
+    sees_images = "vision_config" in hf
+    hf = hf.get("text_config", hf)
     config = transformer_config(hf, **overrides)
     config.transformer_impl_is_te = te
     first = get_transformer_layer_offset(config)
@@ -269,8 +276,13 @@ def build_chunks(hf_dir, *, te=False, apply: Callable | None = None, **overrides
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
         rotary_base=10000.0,
+        scatter_embedding_sequence_parallel=not sees_images,
     )
-    _load(chunk, load_file(Path(hf_dir, "model.safetensors")), config)
+    weights = load_file(Path(hf_dir, "model.safetensors"))
+    weights = {name.replace("model.language_model.", "model."): weight for name, weight in weights.items()}
+    _load(chunk, weights, config)
+    if sees_images:
+        chunk = vision_model.WithTower(chunk, hf_dir, weights)
     if apply is not None:
         apply([chunk])
     return [chunk]

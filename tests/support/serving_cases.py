@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import torch
 from packaging.version import Version
 from sglang_worker import Worker
 
+from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+from slime_plugins.lora.names import LINEARS
+from slime_plugins.lora.peft.dialect import for_sglang
 from slime_plugins.lora.peft.form import to_peft
 from slime_plugins.lora.projections import Projection
 from slime_plugins.lora.slime.hooks import launch as hooks
@@ -27,6 +31,8 @@ FAMILIES = {
     "DeepSeek-V3, Kimi-K2": "deepseek_v3",
     "DeepSeek-V2-Lite, Moonlight (no q-LoRA)": "deepseek_v3_direct_q",
     "Qwen3-Next": "qwen3_next",
+    "Qwen3.5": "qwen3_5_text",
+    "Qwen3.5-MoE": "qwen3_5_moe_text",
 }
 """As users call them, and the checkpoint that stands for them here."""
 ATTENTION = (
@@ -48,6 +54,9 @@ TARGETS = {
     "experts": "experts.linear_fc1 experts.linear_fc2",
     "experts.linear_fc1": "experts.linear_fc1",
     "experts.linear_fc2": "experts.linear_fc2",
+    "linear attention": "in_proj_qkv in_proj_z in_proj_qkvz linear_attn.out_proj",
+    "in_proj_qkv": "in_proj_qkv",
+    "in_proj_z": "in_proj_z",
     "shared_experts": "shared_experts.linear_fc1 shared_experts.linear_fc2",
 }
 RANK = 4
@@ -114,7 +123,7 @@ def adapter_of(args: argparse.Namespace, hf_dir: Path, seed: int = 0) -> list[Pr
     shapes = moe_models.linears(hf_dir)
     wanted: dict[str, None] = {}
     for layer, path, leaves in adapted_linears(args):
-        parent = path.replace("self_attention", "self_attn").rsplit(".", 1)[0]
+        parent = LINEARS[path].parent
         for name in shapes:
             plain = name.replace("shared_expert.", "shared_experts.")
             *front, leaf = plain.split(".")
@@ -149,7 +158,7 @@ def outcome(root: Path, version: str, family: str, targets: str, *, tp: int = 1,
 
 
 def _serve(args, hf_dir, version, adapters, tp, rank, fused_shared) -> str | None:
-    config, tensors = to_peft(adapters, hf_dir)
+    config, tensors = for_sglang(*to_peft(adapters, hf_dir), BaseCheckpoint(hf_dir))
     leaves = args.sglang_lora_target_modules if hasattr(args, "sglang_lora_target_modules") else projections(args)
     try:
         worker = Worker(version, hf_dir, leaves, RANK, tp=tp, rank=rank, fused_shared=fused_shared)
@@ -162,18 +171,28 @@ def _serve(args, hf_dir, version, adapters, tp, rank, fused_shared) -> str | Non
         return f"AssertionError: {error}"
     except Exception as error:  # noqa: BLE001 - whatever theirs raises is the finding
         return f"{type(error).__name__}: {error}"
-    for adapter in adapters:
-        name = adapter.name
+    for name, expected in _expected(adapters, hf_dir):
         if name not in served:
             name = name.replace("shared_experts.", "shared_expert.")
         if name not in served:
-            return f"dropped in silence: {adapter.name}"
-        expected = adapter.update()
+            return f"dropped in silence: {name}"
         if tp == 1 and (served[name].shape != expected.shape or not _close(served[name], expected)):
-            return f"served wrong: {adapter.name}"
+            return f"served wrong: {name}"
         if tp > 1 and not any(_close(served[name], part) for part in _shards(expected, served[name].shape, tp, rank)):
-            return f"served wrong at rank {rank}: {adapter.name}"
+            return f"served wrong at rank {rank}: {name}"
     return None
+
+
+def _expected(adapters: list[Projection], hf_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and updates, those of one linear of Hugging Face's that is three slices in SGLang cut in three."""
+    config = json.loads((hf_dir / "config.json").read_text())
+    for adapter in adapters:
+        if not adapter.name.endswith(".in_proj_qkv"):
+            yield adapter.name, adapter.update()
+            continue
+        keys, values = (config[f"linear_num_{k}_heads"] * config[f"linear_{k}_head_dim"] for k in ("key", "value"))
+        for slice_, rows in zip("qkv", adapter.update().split([keys, keys, values])):
+            yield adapter.name.removesuffix("qkv") + slice_, rows
 
 
 def _shards(update: torch.Tensor, shape: torch.Size, tp: int, rank: int) -> list[torch.Tensor]:

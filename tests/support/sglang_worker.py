@@ -6,6 +6,7 @@ and slicing are its own. Ours: a model of the same module names with layers that
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import functools
@@ -202,7 +203,7 @@ class Worker:
     ) -> None:
         self.wheel = wheel_of(version, tp, rank)
         self.config = types.SimpleNamespace(**json.loads((Path(hf_dir) / "config.json").read_text()))
-        self.model = sglang_model(self.config, tp, rank, fused_shared=fused_shared)
+        self.model = sglang_model(self.config, version, tp, rank, fused_shared=fused_shared)
         settings: dict[str, Any] = dict(
             base_model=self.model,
             base_hf_config=self.config,
@@ -272,7 +273,19 @@ def _updates(place, leaves, A, B, rows, rank, scaling) -> dict[str, torch.Tensor
     return found
 
 
-def sglang_model(config: Any, tp: int, rank: int, *, fused_shared: bool = False) -> torch.nn.Module:
+def _sizes_of_qwen3_5(version: str) -> Callable:
+    """SGLang's own method of its model that says how large every target is."""
+    path = unpacked("sglang", version) / "sglang/srt/models/qwen3_5.py"
+    tree = ast.parse(path.read_text())
+    cls = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Qwen3_5ForCausalLM")
+    method = next(node for node in cls.body if getattr(node, "name", "") == "get_hidden_dim")
+    kinds = [node for node in tree.body if "_MOE_TEXT_MODEL_TYPES" in ast.unparse(node)[:60]]
+    namespace: dict[str, Any] = {}
+    exec(compile(ast.Module([*kinds, method], []), str(path), "exec"), namespace)
+    return namespace["get_hidden_dim"]
+
+
+def sglang_model(config: Any, version: str, tp: int, rank: int, *, fused_shared: bool = False) -> torch.nn.Module:
     """Modules under the names of SGLang's model files, for the families of ``moe_models`` and dense ones."""
     model = torch.nn.Module()
     model.config = config
@@ -296,11 +309,13 @@ def sglang_model(config: Any, tp: int, rank: int, *, fused_shared: bool = False)
 
     for i in range(config.num_hidden_layers):
         attention = f"model.layers.{i}.self_attn"
-        if getattr(config, "kv_lora_rank", None):
+        if (getattr(config, "layer_types", None) or [None] * (i + 1))[i] == "linear_attention":
+            _add_linear_attention(add, f"model.layers.{i}.linear_attn", config, tp)
+        elif getattr(config, "kv_lora_rank", None):
             _add_mla(add, attention, config, tp)
         else:
             head_dim = getattr(config, "head_dim", None) or hidden // heads
-            gated = 2 if config.model_type == "qwen3_next" else 1
+            gated = 2 if config.model_type.startswith(("qwen3_next", "qwen3_5")) else 1
             groups = config.num_key_value_heads
             replicas = max(1, tp // groups)
             q, kv = gated * heads * head_dim // tp, max(1, groups // tp) * head_dim
@@ -328,12 +343,28 @@ def sglang_model(config: Any, tp: int, rank: int, *, fused_shared: bool = False)
         add(f"{mlp}.experts", moe)
         if shared and not fused_shared:
             _add_mlp(add, f"{mlp}.{spelling}", hidden, shared, tp)
+    if config.model_type.startswith("qwen3_5"):
+        sizes = _sizes_of_qwen3_5(version)
+        model.get_hidden_dim = functools.partial(sizes, model)
     for module in model.modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             module.tp_group = Quiet(rank_in_group=rank, world_size=tp)
             replicas = getattr(module, "num_kv_head_replicas", 1)
             module.kv_tp_group = Quiet(rank_in_group=rank // replicas, world_size=tp // replicas)
     return model
+
+
+def _add_linear_attention(add, path: str, config: Any, tp: int) -> None:
+    key = config.linear_num_key_heads * config.linear_key_head_dim
+    value = config.linear_num_value_heads * config.linear_value_head_dim
+    rows = [size // tp for size in (key, key, value, value)]
+    leaves = ("in_proj_q", "in_proj_k", "in_proj_v", "in_proj_z")
+    layer = MergedColumnParallelLinear(
+        output_sizes=[key, key, value, value], output_partition_sizes=rows, hf_leaves=leaves, rows=rows,
+        input_size_per_partition=config.hidden_size,
+    )  # fmt: skip
+    add(f"{path}.in_proj_qkvz", layer)
+    add(f"{path}.out_proj", _row(value, config.hidden_size, "out_proj", tp))
 
 
 def _add_mla(add, attention: str, config: Any, tp: int) -> None:

@@ -21,7 +21,7 @@ from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.base.sums import sums_of_files
 from slime_plugins.lora.checkpoint.storage import Shard, TensorReader
 from slime_plugins.lora.files.regular import identity
-from slime_plugins.lora.layers import frozen_of
+from slime_plugins.lora.layers import Carrier, frozen_of
 from slime_plugins.lora.layers.pieces import Piece, Placement
 from slime_plugins.lora.names import in_experts, is_adapter
 from slime_plugins.lora.parallel import all_gather, chunks_of, everywhere, on_rank_0, rank
@@ -30,7 +30,7 @@ from slime_plugins.lora.quant.dequantize import is_dequantised
 from slime_plugins.lora.quant.packed import PackedWeight, dense_of
 from slime_plugins.lora.quantize import base_quant_of
 
-_LAYER = re.compile(r"(?:module\.)*decoder\.layers\.\d+")
+_LAYER = re.compile(r"(?:module\.|language_model\.)*decoder\.layers\.\d+")
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,16 @@ class Slot:
 def slots_of(model) -> list[Slot]:
     """Every adapter parameter of this rank, in model order."""
     return [
-        Slot(carrier.lora_parameters()[name], pieces, carrier.lora_placement())
+        Slot(carrier.lora_parameters()[name], _held(pieces, carrier), carrier.lora_placement())
         for carrier in iter_carriers(model)
         for name, pieces in carrier.lora_pieces().items()
     ]
+
+
+def _held(pieces: tuple[Piece, ...], carrier: Carrier) -> tuple[Piece, ...]:
+    """Without those of which this rank has no row."""
+    shard = carrier.lora_group.rank()
+    return tuple(piece for piece in pieces if not piece.spans or piece.spans[shard][1])
 
 
 def adapters_of(model) -> dict[str, Adapter]:

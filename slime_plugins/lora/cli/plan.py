@@ -133,7 +133,11 @@ def _beside_rows(cost, args: argparse.Namespace, lora, full) -> list[tuple[str, 
     return [
         (tokens, _size(lora.kept * lora.in_flight), _size(full.kept * full.in_flight)),
         ("  logits and loss, or a layer in backward", _size(lora.work), _size(full.work)),
-        ("  all of it, beside CUDA and NCCL", _size(cost.lora.total + lora.total), _size(cost.full.total + full.total)),
+        (
+            "  all of it, beside CUDA and NCCL",
+            _size(cost.lora.total + lora.total),
+            _size(cost.full.total + full.total),
+        ),
     ]
 
 

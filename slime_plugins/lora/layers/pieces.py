@@ -3,8 +3,8 @@
 An adapter parameter is taken apart into pieces: by projection, since rows of a fused B must not be cut as they lie on
 a rank (a shard of [gate; up] is [gate_i; up_i], and laying such shards one after the other interleaves the two when
 the tensor-parallel size changes, design hazard 1), and stacked experts one by one. Cut so, every shard is a plain
-slice of its whole tensor (see ``layout``). Keys are those of ``projections``; an expert's tensors are its own, under
-its number in the whole layer.
+slice of its whole tensor (see ``layout``), of equal shares but where there are more ranks than key/value heads. Keys
+are those of ``projections``; an expert's tensors are its own, under its number in the whole layer.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class Piece:
     """Position in the parameter's first dimension, where experts are stacked."""
     sharded_dim: int | None
     """Dimension of the piece that is cut over tensor-parallel ranks; None: each holds it all."""
+    spans: tuple[tuple[int, int], ...] = ()
+    """Where it is not cut into equal shares: as ``layout.Part.spans``."""
 
     @property
     def name(self) -> str:
@@ -71,7 +73,9 @@ class Placement:
     def extent(self, piece: Piece, local: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shape of the whole tensor of a piece, and the offset of this rank's part, of shape ``local``."""
         whole, offset = list(local), [0] * len(local)
-        if piece.sharded_dim is not None:
+        if piece.spans:
+            whole[0], offset[0] = sum(rows for _, rows in piece.spans), piece.spans[self.shard][0]
+        elif piece.sharded_dim is not None:
             whole[piece.sharded_dim] *= self.num_shards
             offset[piece.sharded_dim] = self.shard * local[piece.sharded_dim]
         return tuple(whole), tuple(offset)
@@ -81,14 +85,26 @@ class Placement:
         part = piece.take(tensor)
         if piece.sharded_dim is None or self.num_shards == 1:
             return part
+        if piece.spans:
+            return self._gather_unequal(piece, part)
         parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.num_shards)]
         dist.all_gather(parts, part.contiguous(), group=self.group)
         return torch.cat(parts, dim=piece.sharded_dim)
+
+    def _gather_unequal(self, piece: Piece, part: torch.Tensor) -> torch.Tensor:
+        longest = max(rows for _, rows in piece.spans)
+        padded = torch.nn.functional.pad(part, (0, 0, 0, longest - part.shape[0])).contiguous()
+        parts = [torch.empty_like(padded) for _ in piece.spans]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:rows] for part, (_, rows) in zip(parts, piece.spans)])
 
     def part_of(self, piece: Piece, whole: torch.Tensor) -> torch.Tensor:
         """The inverse: this rank's part of the whole."""
         if piece.sharded_dim is None:
             return whole
+        if piece.spans:
+            first, rows = piece.spans[self.shard]
+            return whole[first : first + rows]
         return whole.chunk(self.num_shards, dim=piece.sharded_dim)[self.shard]
 
 
@@ -103,15 +119,18 @@ def pieces_of(table: Sequence[AdapterParameter], spec: AdapterSpec) -> dict[str,
 
 
 def _pieces(parameter: AdapterParameter, spec: AdapterSpec, expert: int | None) -> Iterator[Piece]:
-    def piece(leaf: str | None, rows: slice | torch.Tensor) -> Piece:
-        return Piece(spec.name, piece_key(parameter.name, leaf), rows, expert, parameter.sharded_dim)
+    def piece(leaf: str | None, rows: slice | torch.Tensor, spans: tuple[tuple[int, int], ...] = ()) -> Piece:
+        return Piece(spec.name, piece_key(parameter.name, leaf), rows, expert, parameter.sharded_dim, spans)
 
     if parameter.rows == "whole" or (parameter.rows == "stacked" and not spec.split):
         yield piece(None, slice(None))
         return
     for i, part in enumerate(spec.parts):
         stacked = slice(i * spec.rank, (i + 1) * spec.rank)
-        yield piece(part.name, stacked if parameter.rows == "stacked" else spec.rows_of(i))
+        if parameter.rows == "stacked":
+            yield piece(part.name, stacked)
+        else:
+            yield piece(part.name, spec.rows_of(i), part.spans)
 
 
 def adapter_sharded_tensors(carrier, prefix: str, sharded_offsets: tuple = ()) -> dict:
@@ -124,6 +143,11 @@ def adapter_sharded_tensors(carrier, prefix: str, sharded_offsets: tuple = ()) -
     stack = "".join(f"{index}." for _, index, _ in sharded_offsets)
     entries = {}
     for name, pieces in carrier.lora_pieces().items():
+        if any(piece.spans for piece in pieces):
+            raise ValueError(
+                f"{pieces[0].linear}: Megatron's checkpoints hold equal shares, and with more tensor-parallel ranks "
+                "than key/value heads these are not; save the adapters with save_adapter"
+            )
         parameter = carrier.lora_parameters()[name]
         entries[prefix + name] = ShardedTensorFactory(
             f"{prefix}{stack}",

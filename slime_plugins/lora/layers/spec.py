@@ -13,7 +13,7 @@ from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.layers.frozen import FrozenLinear
 from slime_plugins.lora.layers.lowrank import Block
-from slime_plugins.lora.layout import ROWS, Part, whole
+from slime_plugins.lora.layout import ROWS, Part, cuts_groups, parts_of_group_piece, whole
 from slime_plugins.lora.names import hf_names, in_linear_attention, of_expert, record_of
 from slime_plugins.lora.projections import Adapter
 
@@ -128,6 +128,25 @@ def check_gradients(base: FrozenLinear, name: str) -> None:
         )
 
 
+_CUT = (
+    "with more tensor-parallel ranks than key/value heads, a rank holds a piece of q, k and v together, and only an "
+    "adapter of all three with one A and one scaling is cut as they are; use a tensor-parallel size that divides the "
+    "number of key/value heads"
+)
+
+
+def _check_whole(
+    name: str, part_numbers: tuple[int, ...], leaves: tuple[str, ...], base: FrozenLinear, config: LoRAConfig
+) -> None:
+    """Refuse what a rank that holds a piece of a query group cannot hold."""
+    what = f"{name}, {base.shards} ranks, {base.config.num_query_groups} key/value heads"
+    if config.layout == "split":
+        raise UsageError(f"{what}: --lora-layout split: {_CUT}, or --lora-layout fused")
+    if len(part_numbers) < len(leaves):
+        adapted = ", ".join(leaves[i] for i in part_numbers)
+        raise UsageError(f"{what}: {adapted} alone: {_CUT}, or target linear_qkv")
+
+
 def spec_for(base: FrozenLinear, name: str, part_numbers: tuple[int, ...], config: LoRAConfig) -> AdapterSpec:
     """The adapter that a LoRAConfig asks for on one linear.
 
@@ -139,7 +158,12 @@ def spec_for(base: FrozenLinear, name: str, part_numbers: tuple[int, ...], confi
             through a query group.
     """
     record, (rows, columns), tp_size = record_of(name), base.shape, base.tp_group.size()
-    all_parts = ROWS[record.rows](name, record.leaves, rows, base.config, tp_size)
+    pieces_of_groups = record.rows == "qkv" and cuts_groups(base.config, base.shards)
+    if pieces_of_groups:
+        _check_whole(name, part_numbers, record.leaves, base, config)
+        all_parts = parts_of_group_piece(name, record.leaves, rows, base.config, base.shards, base.tp_group.rank())
+    else:
+        all_parts = ROWS[record.rows](name, record.leaves, rows, base.config, tp_size)
     parts = tuple(all_parts[i] for i in part_numbers)
     split = config.layout == "split" and len(all_parts) > 1
     projections = [(name, hf_names(name)[i]) for i in part_numbers]
@@ -149,6 +173,9 @@ def spec_for(base: FrozenLinear, name: str, part_numbers: tuple[int, ...], confi
             f"rank_pattern gives the projections of {name} ranks {sorted(set(ranks))}, but in layout 'fused' they "
             f"share one A; use --lora-layout split, or name {name.rsplit('.', 1)[-1]} instead"
         )
+    scalings = tuple(config.scaling(*names) for names in projections)
+    if pieces_of_groups and len(set(scalings)) > 1:
+        raise UsageError(f"alpha_pattern gives the projections of {name} scalings {sorted(set(scalings))}: {_CUT}")
     if config.dropout and base.experts is not None and tp_size > 1:
         raise UsageError(
             f"LoRA dropout on {name} with expert tensor parallelism: its ranks could not agree on a mask; "
@@ -168,7 +195,7 @@ def spec_for(base: FrozenLinear, name: str, part_numbers: tuple[int, ...], confi
         parallel=base.parallel,
         rank=max(ranks),
         ranks=ranks,
-        scalings=tuple(config.scaling(*names) for names in projections),
+        scalings=scalings,
         parts=parts,
         all_parts=all_parts,
         split=split,

@@ -1,7 +1,7 @@
 """Who takes an adapter, and of which of its modules nobody would notice that they are left out. Pure.
 
-What stands here was measured or read (tests/peft/test_families.py, tests/contracts): PEFT 0.21.2 with transformers 5.23,
-SGLang 0.5.15 and 0.5.23, vLLM's issues 34186, 48019 and 48974.
+What stands here was measured (tests/peft/test_families.py, tests/contracts) or read: PEFT 0.21.2 with transformers
+5.23, SGLang 0.5.15 and 0.5.23, vLLM's issues 34186, 48019 and 48974.
 """
 
 from __future__ import annotations

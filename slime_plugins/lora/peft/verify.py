@@ -281,8 +281,8 @@ def _name_problems(adapted: Adapted, modules: Iterable[str]) -> Iterable[Problem
         yield Problem(
             kind="names",
             tensor=key_of(moved[0], "A"),
-            message=f"{len(moved)} modules are named {_SPELLED[adapted.spelling].format(base.directory)} ({moved[0]}), "
-            f"but a loaded {base.model_type()} calls them {called}: PEFT would load the adapter without an error and "
+            message=f"{len(moved)} modules are named {_SPELLED[adapted.spelling].format(base.directory)} ({moved[0]}),"
+            f" but a loaded {base.model_type()} calls them {called}: PEFT would load the adapter without an error and "
             f"change nothing; export it again, or rename its keys (meant so: --names {adapted.spelling})",
         )
 

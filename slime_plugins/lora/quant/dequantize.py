@@ -13,7 +13,7 @@ from slime_plugins.lora.base.checkpoint import MERGEABLE, BaseCheckpoint
 from slime_plugins.lora.base.quantization import BaseQuant, check_blocks, dense_modules
 from slime_plugins.lora.base.rewrite import rewrite
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.names import megatron_name, record_of
+from slime_plugins.lora.names import in_linear_attention, megatron_name, record_of
 from slime_plugins.lora.quant import nf4
 
 RECORD = "slime_lora_base.json"
@@ -71,6 +71,11 @@ def packed_weights(base: BaseCheckpoint, quant: BaseQuant) -> list[str]:
     """Names of the tensors of a checkpoint that ``quant`` stores as codes. Raises as ``dequantize_checkpoint``."""
     if base.quantised is not None:
         raise ValueError(f"{base.directory} is quantised already ({base.quantised}); give the dense checkpoint")
+    if base.stacks:
+        raise UsageError(
+            f"{base.directory} holds its experts stacked ({next(iter(base.stacks.values())).tensor}), which is not "
+            "read in 4 bits; save it with a tensor per expert"
+        )
     linears = decoder_linears(base)
     dense = set(dense_modules(quant, linears, mla=base.mla))
     names = [name for name in linears if name not in dense]
@@ -91,6 +96,7 @@ def decoder_linears(base: BaseCheckpoint) -> list[str]:
         except KeyError:
             continue
         number = int(owner.split(".")[2])
-        if not record_of(owner).by_name_only and (layers is None or number < layers):
+        plain = in_linear_attention(owner.split(".", 3)[3])  # Hugging Face's own modules stay dense
+        if not plain and not record_of(owner).by_name_only and (layers is None or number < layers):
             found.append(name)  # a layer past the last is multi-token prediction
     return found

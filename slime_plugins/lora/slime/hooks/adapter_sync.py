@@ -25,8 +25,10 @@ import torch
 import torch.distributed as dist
 
 from slime_plugins.lora.adapters import config_of, has_adapters, iter_adapters
+from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.ends.export import gather_projections
-from slime_plugins.lora.peft.directory import write_adapter
+from slime_plugins.lora.peft.dialect import for_sglang
+from slime_plugins.lora.peft.directory import validate_adapter, write_adapter
 from slime_plugins.lora.peft.form import to_peft
 from slime_plugins.lora.server.names import PREFIX
 from slime_plugins.lora.slime.hooks import gkd, merged_sync, requests
@@ -93,9 +95,10 @@ class AdapterUpdater:
         problem = None
         if dist.get_rank() == 0:
             try:
-                config, tensors = to_peft(
-                    projections or [], self.args.hf_checkpoint, dropout=config_of(self.model).dropout
-                )
+                base = BaseCheckpoint(self.args.hf_checkpoint)
+                config, tensors = to_peft(projections or [], base, dropout=config_of(self.model).dropout)
+                validate_adapter(config, tensors)
+                config, tensors = for_sglang(config, tensors, base)
                 size = sum(t.numel() * t.element_size() for t in tensors.values())
                 self._load(f"{PREFIX}{self._run}-v{self.weight_version:06d}", config, tensors)
                 merged_sync.count_bytes(size)
@@ -159,7 +162,7 @@ class AdapterUpdater:
             return
         where = Path(folder) / name
         try:
-            write_adapter(where, config, tensors)
+            write_adapter(where, config, tensors, validated=True)
             self._after_writing(where)
             yield "load_lora_adapter", {"lora_name": name, "lora_path": str(where.resolve())}
         finally:

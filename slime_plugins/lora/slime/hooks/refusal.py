@@ -15,7 +15,7 @@ from typing import Any
 from packaging.version import Version
 
 from slime_plugins.lora.config import LoRAConfig
-from slime_plugins.lora.names import LINEARS, Linear, hf_names
+from slime_plugins.lora.names import LINEARS, Linear, hf_names, in_linear_attention
 from slime_plugins.lora.slime.hooks.paths import adapter_step_dir
 from slime_plugins.lora.targets import Targets
 
@@ -41,12 +41,7 @@ class Launch:
     @cached_property
     def base(self) -> dict[str, Any]:
         """The base's Hugging Face config, the text model's where it has several; empty where there is none to read."""
-        file = Path(self.given("hf_checkpoint") or "") / "config.json"
-        try:
-            config = json.loads(file.read_text())
-        except (OSError, ValueError):
-            return {}
-        return config | (config.get("text_config") or {})
+        return _base_config(self.args)
 
     @cached_property
     def models(self) -> list[dict[str, Any]]:
@@ -94,14 +89,36 @@ def installed_sglang() -> Version | None:
         return None
 
 
+def _base_config(args: Namespace) -> dict[str, Any]:
+    file = Path(getattr(args, "hf_checkpoint", None) or "") / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return config | (config.get("text_config") or {})
+
+
+def linear_layers(config: dict[str, Any], layers: int) -> list[bool]:
+    """Of every layer: has it linear attention? As slime finds it, from ``layer_types`` or the interval."""
+    kinds = config.get("layer_types")
+    if kinds:
+        return [kind == "linear_attention" for kind in kinds[:layers]] + [False] * (layers - len(kinds))
+    interval = config.get("full_attention_interval") or (4 if config.get("linear_num_key_heads") else 1)
+    return [(layer + 1) % interval != 0 for layer in range(layers)]
+
+
 def adapted_linears(args: Namespace) -> Iterator[tuple[int, str, set[str]]]:
     """(layer, path in the layer, Hugging Face leaves) of every linear of this model that gets an adapter."""
     config = LoRAConfig.from_args(args)
     targets = Targets(config.target_modules, config.exclude_modules)
+    base = _base_config(args)
+    linear_attention = linear_layers(base, args.num_layers)
     for path, linear in LINEARS.items():
         if not _in_model(linear, args):
             continue
         for layer in range(args.num_layers):
+            if path.startswith("self_attention.") and not _in_layer(path, linear_attention[layer], base):
+                continue
             name = f"decoder.layers.{layer}.{path}"
             leaves = {hf_names(name)[part].rsplit(".", 1)[-1] for part in targets.parts_of(name)}
             if leaves:
@@ -123,6 +140,15 @@ def _in_model(linear: Linear, args: Namespace) -> bool:
     if path.startswith("mlp.shared_experts."):
         return bool(getattr(args, "moe_shared_expert_intermediate_size", None))
     return True
+
+
+def _in_layer(path: str, linear_attention: bool, base: dict[str, Any]) -> bool:
+    """Is this linear of attention one of a layer's?"""
+    if not in_linear_attention(path):
+        return not linear_attention
+    next_leaves, leaf = {"in_proj_qkvz", "in_proj_ba", "out_proj"}, path.rsplit(".", 1)[1]
+    is_next = base.get("model_type") == "qwen3_next"
+    return linear_attention and (leaf == "out_proj" or (leaf in next_leaves) is is_next)
 
 
 @dataclass(frozen=True)

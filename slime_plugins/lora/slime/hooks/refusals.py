@@ -9,6 +9,7 @@ from argparse import Namespace
 
 from packaging.version import Version
 
+from slime_plugins.lora.names import in_linear_attention
 from slime_plugins.lora.slime.hooks.gkd_refusals import GKD
 from slime_plugins.lora.slime.hooks.refusal import ROUTER, Launch, Refusal, resumes
 
@@ -244,6 +245,11 @@ def _up_without_gate(launch: Launch) -> bool:
     return any(leaves == {"up_proj"} for path, leaves in launch.adapted.items() if path.endswith(_FC1))
 
 
+def _adapted_linear_attention(launch: Launch) -> set[str]:
+    """Leaves of linear attention that get adapters."""
+    return {path.rsplit(".", 1)[1] for path in launch.adapted if in_linear_attention(path)}
+
+
 def _mla_down(launch: Launch) -> set[str]:
     return _leaves(launch, "self_attention.linear_q_down_proj") | _leaves(launch, "self_attention.linear_kv_down_proj")
 
@@ -372,6 +378,18 @@ ADAPTER_SYNC = (
         lambda launch: launch.base.get("model_type") == "qwen3_next" and _leaves(launch, _QKV),
         "SGLang makes no room for the gate in Qwen3-Next's q_proj; leave it out (--lora-exclude-modules linear_qkv), "
         "or use --lora-sync merged",
+    ),
+    Refusal(
+        "linear attention of Qwen3-Next",
+        lambda launch: launch.base.get("model_type") == "qwen3_next" and _adapted_linear_attention(launch),
+        "SGLang makes room for adapters of linear attention in Qwen3.5 alone, not in Qwen3-Next; leave it out "
+        "(--lora-exclude-modules in_proj_qkvz out_proj), or use --lora-sync merged",
+    ),
+    Refusal(
+        "gates of linear attention",
+        lambda launch: {"in_proj_a", "in_proj_b", "in_proj_ba"} & _adapted_linear_attention(launch),
+        "SGLang serves no adapter of in_proj_a, in_proj_b and in_proj_ba; leave them out of --lora-target-modules, or "
+        "use --lora-sync merged",
     ),
 )
 """Of ``--lora-sync adapter``: what SGLang would refuse, drop or die of."""

@@ -8,7 +8,7 @@ from argparse import Namespace
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.names import hf_names
-from slime_plugins.lora.server.names import MARK
+from slime_plugins.lora.server.names import MARK, served_leaf
 from slime_plugins.lora.slime.hooks.refusal import Launch, adapted_linears
 from slime_plugins.lora.slime.hooks.refusals import versions_kept
 
@@ -107,7 +107,7 @@ def projections(args: Namespace) -> list[str]:
             found.update(dict.fromkeys(("gate_proj", "up_proj", "down_proj")))
         ordered = (name.rsplit(".", 1)[-1] for name in hf_names(f"decoder.layers.{layer}.{path}"))
         found.update(dict.fromkeys(leaf for leaf in ordered if leaf in leaves))
-    return list(found)
+    return list(dict.fromkeys(map(served_leaf, found)))
 
 
 def serving(resolve):
