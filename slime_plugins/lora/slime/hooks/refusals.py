@@ -5,129 +5,25 @@ A row holds where reading or running the other side's code showed wrong weights,
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
 
 from packaging.version import Version
 
-from slime_plugins.lora.config import LoRAConfig
-from slime_plugins.lora.names import LINEARS, Linear, hf_names
-from slime_plugins.lora.slime.hooks.paths import adapter_step_dir
-from slime_plugins.lora.targets import Targets
+from slime_plugins.lora.slime.hooks.control.refusals import CONTROL
+from slime_plugins.lora.slime.hooks.launched import ROUTER, Launch, Refusal
 
 _QKV, _FC1 = "self_attention.linear_qkv", "linear_fc1"
-_ROUTER = "mlp.router"
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What a launch is: slime's arguments, the SGLang that is installed here, the base's ``config.json``."""
-
-    args: Namespace
-    sglang: Version | None = field(default_factory=lambda: installed_sglang())
-
-    def given(self, name: str) -> Any:
-        """An argument of slime's; None where this slime has none of that name."""
-        return getattr(self.args, name, None)
-
-    @property
-    def adapter_sync(self) -> bool:
-        """Is the adapter alone sent to engines that run?"""
-        return self.given("lora_sync") == "adapter" and not self.given("debug_train_only")
-
-    @cached_property
-    def base(self) -> dict[str, Any]:
-        """The base's Hugging Face config, the text model's where it has several; empty where there is none to read."""
-        file = Path(self.given("hf_checkpoint") or "") / "config.json"
-        try:
-            config = json.loads(file.read_text())
-        except (OSError, ValueError):
-            return {}
-        return config | (config.get("text_config") or {})
-
-    @cached_property
-    def adapted(self) -> dict[str, set[str]]:
-        """Path in a layer -> Hugging Face leaves that get adapters, the smallest set of any layer that gets some."""
-        found: dict[str, set[str]] = {}
-        for _, path, leaves in adapted_linears(self.args):
-            found[path] = found[path] & leaves if path in found else leaves
-        return found
-
-    @property
-    def moe(self) -> bool:
-        """Are routed experts adapted?"""
-        return any(path.startswith("mlp.experts.") for path in self.adapted)
-
-    @property
-    def shared(self) -> bool:
-        """Are shared experts adapted?"""
-        return any(path.startswith("mlp.shared_experts.") for path in self.adapted)
-
-
-def installed_sglang() -> Version | None:
-    """The version that is installed on this machine; engines elsewhere are taken to have the same."""
-    try:
-        return Version(version("sglang"))
-    except PackageNotFoundError:
-        return None
-
-
-def adapted_linears(args: Namespace) -> Iterator[tuple[int, str, set[str]]]:
-    """(layer, path in the layer, Hugging Face leaves) of every linear of this model that gets an adapter."""
-    config = LoRAConfig.from_args(args)
-    targets = Targets(config.target_modules, config.exclude_modules)
-    for path, linear in LINEARS.items():
-        if not _in_model(linear, args):
-            continue
-        for layer in range(args.num_layers):
-            name = f"decoder.layers.{layer}.{path}"
-            leaves = {hf_names(name)[part].rsplit(".", 1)[-1] for part in targets.parts_of(name)}
-            if leaves:
-                yield layer, path, leaves
-
-
-def _in_model(linear: Linear, args: Namespace) -> bool:
-    """Can this model have such a linear? Dense layers of a model with experts cannot be told from its flags."""
-    path, mla = linear.path, bool(getattr(args, "multi_latent_attention", False))
-    if linear.mla is not None and linear.mla is not mla:
-        return False
-    if linear.mla:
-        has_q_rank = bool(getattr(args, "q_lora_rank", None))
-        direct = path.endswith("linear_q_proj")
-        low_rank = path.endswith(("linear_q_down_proj", "linear_q_up_proj"))
-        return not (direct and has_q_rank) and not (low_rank and not has_q_rank)
-    if linear.is_expert or path == _ROUTER:
-        return bool(getattr(args, "num_experts", None))
-    if path.startswith("mlp.shared_experts."):
-        return bool(getattr(args, "moe_shared_expert_intermediate_size", None))
-    return True
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """One combination that cannot work."""
-
-    name: str
-    when: Callable[[Launch], Any]
-    reason: str
-    """One line: what, why, the way out."""
 
 
 def refused(launch: Launch) -> list[Refusal]:
     """Every row that holds for this launch."""
-    rows = [*TRAINING, *(ADAPTER_SYNC if launch.adapter_sync else ()), *(GKD if launch.given("use_gkd") else ())]
+    rows = [
+        *TRAINING,
+        *CONTROL,
+        *(ADAPTER_SYNC if launch.adapter_sync else ()),
+        *(GKD if launch.given("use_gkd") else ()),
+    ]
     return [row for row in rows if row.when(launch)]
-
-
-def _resumes(launch: Launch) -> bool:
-    load = launch.given("load")
-    return load is not None and adapter_step_dir(load, launch.given("ckpt_step")) is not None
 
 
 def _linear_attention(launch: Launch) -> bool:
@@ -214,7 +110,7 @@ TRAINING = (
         lambda launch: (
             launch.given("update_weight_mode") == "delta"
             and not launch.given("debug_train_only")
-            and (_resumes(launch) or launch.given("lora_adapter_path"))
+            and (launch.resumes or launch.given("lora_adapter_path"))
         ),
         "--update-weight-mode delta sends nothing at the first sync, so a run that starts from an adapter (--load, "
         "--lora-adapter-path) would roll out its first batch on the base; use --update-weight-mode full",
@@ -235,30 +131,6 @@ TRAINING = (
         lambda launch: (launch.given("context_parallel_size") or 1) > 1 and _linear_attention(launch),
         "--context-parallel-size above 1 on a base with linear attention: slime's gather drops the gradients that "
         "cross chunks, and every adapter below such a layer trains on wrong ones; use --context-parallel-size 1",
-    ),
-    Refusal(
-        "LoRA+ and a warmup that does not start at 0",
-        lambda launch: (launch.given("lora_plus_ratio") or 1) != 1 and launch.given("lr_warmup_init"),
-        "--lora-plus-ratio with --lr-warmup-init: the warmup starts A and B at one rate, not at the ratio; drop "
-        "--lr-warmup-init",
-    ),
-    Refusal(
-        "reference without a start",
-        lambda launch: (
-            launch.given("lora_ref") == "start" and not launch.given("lora_adapter_path") and not _resumes(launch)
-        ),
-        "--lora-ref start without --lora-adapter-path: training starts from the base, which is the reference anyway; "
-        "give the adapter to start from, or drop --lora-ref",
-    ),
-    Refusal(
-        "reference without a KL",
-        lambda launch: launch.given("lora_ref") and not launch.given("use_kl_loss") and not launch.given("kl_coef"),
-        "--lora-ref says what the KL is measured from, and none is: add --use-kl-loss or --kl-coef, or drop it",
-    ),
-    Refusal(
-        "reference that moves",
-        lambda launch: launch.given("lora_ref") == "start" and launch.given("ref_update_interval"),
-        "--lora-ref start keeps the reference at the start, --ref-update-interval moves it; drop one of them",
     ),
     Refusal(
         "deepgemm",
@@ -382,7 +254,7 @@ ADAPTER_SYNC = (
     ),
     Refusal(
         "router",
-        lambda launch: _ROUTER in launch.adapted,
+        lambda launch: ROUTER in launch.adapted,
         "SGLang serves no adapter of the router; leave it out of --lora-target-modules, or use --lora-sync merged",
     ),
     Refusal(

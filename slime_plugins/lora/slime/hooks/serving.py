@@ -9,7 +9,8 @@ from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.names import hf_names
 from slime_plugins.lora.server.names import MARK
-from slime_plugins.lora.slime.hooks.refusals import Launch, adapted_linears, versions_kept
+from slime_plugins.lora.slime.hooks.launched import Launch, adapted_linears
+from slime_plugins.lora.slime.hooks.refusals import versions_kept
 
 SGLANG_LORAS_PER_BATCH = 8
 """SGLang's default for --max-loras-per-batch: GPU memory for that many adapters."""

@@ -22,7 +22,8 @@ MODULE = "slime_lora"
 IMPORT = f"from slime_plugins.lora import slime as {MODULE}"
 
 _SHAPE = re.compile(
-    rf"[ \t\f]*(?:{re.escape(IMPORT)}|@{MODULE}\.\w+|[\w.]+ = {MODULE}\.\w+(?:\(.*\))?|\*\*{MODULE}\.\w+\(.*\),)"
+    rf"[ \t\f]*(?:{re.escape(IMPORT)}|@{MODULE}\.\w+|[\w.]+ = {MODULE}\.\w+(?:\(.*\))?|\*\*{MODULE}\.\w+\(.*\),"
+    rf"|if {MODULE}\.\w+\(.*\): break)"
     rf"  {re.escape(MARK)}[\r\n]*"
 )
 """The lines that ``insert`` writes, and wrote in earlier versions."""
@@ -105,6 +106,38 @@ class AroundAssignment:
         node = found[0]
         assert isinstance(node, (ast.Assign, ast.AnnAssign))
         return Insertion(_end(node) if self.after else node.lineno - 1, self.text, node.lineno - 1, node.col_offset)
+
+
+@dataclass(frozen=True)
+class BreakLoop:
+    """``if slime_lora.<call>: break`` as the first (or the last) statement of the one loop over ``target``."""
+
+    symbol: str
+    target: str
+    call: str
+    first: bool
+    names: tuple[str, ...] = ()
+    """Local names that ``call`` uses."""
+
+    def place(self, tree: ast.Module) -> Insertion:
+        function = find(tree, self.symbol)
+        loops = [
+            node
+            for node in ast.walk(function)
+            if isinstance(node, ast.For) and ast.unparse(node.target) == self.target
+        ]
+        stored = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+        stored |= {node.arg for node in ast.walk(function) if isinstance(node, ast.arg)}
+        lost = [name for name in self.names if name not in stored]
+        if len(loops) != 1 or lost:
+            raise MissingSeamError(
+                f"{self.symbol} has {len(loops) or 'no'} loops over {self.target}, expected one"
+                + (f", and no name {', '.join(lost)}" if lost else "")
+            )
+        body = loops[0].body
+        node = body[0] if self.first else body[-1]
+        line = node.lineno - 1 if self.first else _end(node)
+        return Insertion(line, f"if {MODULE}.{self.call}: break", node.lineno - 1, node.col_offset)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from slime_plugins.lora.slime.patch.edits import AroundAssignment, Decorate, DictEntry, Member, Rebind
+from slime_plugins.lora.slime.patch.edits import AroundAssignment, BreakLoop, Decorate, DictEntry, Member, Rebind
 
 _MEGATRON = "slime/backends/megatron_utils"
 _ACTOR = f"{_MEGATRON}/actor.py"
 _CLASS = "MegatronTrainRayActor"
+_LOOP = ("args", "rollout_id", "num_rollout_per_epoch", "actor_model", "critic_model", "rollout_manager")
+
+
+def _in_loop(file: str) -> tuple[tuple[str, BreakLoop], ...]:
+    words = ", ".join(_LOOP)
+    return (
+        (file, BreakLoop("train", "rollout_id", f"start_of_rollout({words})", True, _LOOP)),
+        (file, BreakLoop("train", "rollout_id", f"end_of_rollout({words})", False, _LOOP)),
+    )
 
 
 @dataclass(frozen=True)
@@ -169,5 +178,16 @@ SEAMS = (
     Seam(
         "metrics",
         ((f"{_MEGATRON}/model.py", Decorate("train_one_step", "measuring", ("args", "model"))),),
+    ),
+    Seam(
+        "training control",
+        (
+            *_in_loop("train.py"),
+            *_in_loop("train_async.py"),
+            (_ACTOR, Decorate(f"{_CLASS}.train_actor", "validating", ("rollout_id",))),
+            (_ACTOR, Member(_CLASS, "lora_control", "lora_control")),
+            ("slime/ray/rollout.py", Decorate("RolloutManager.eval", "evaluating", ("rollout_id",))),
+            ("slime/ray/rollout.py", Member("RolloutManager", "lora_evaluation", "lora_evaluation")),
+        ),
     ),
 )

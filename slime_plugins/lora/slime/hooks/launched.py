@@ -1,0 +1,121 @@
+"""What a launch is, as its flags say, and what a row of a table of refusals is. No torch."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+from slime_plugins.lora.config import LoRAConfig
+from slime_plugins.lora.names import LINEARS, Linear, hf_names
+from slime_plugins.lora.slime.hooks.paths import adapter_step_dir
+from slime_plugins.lora.targets import Targets
+
+ROUTER = "mlp.router"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launch is: slime's arguments, the SGLang that is installed here, the base's ``config.json``."""
+
+    args: Namespace
+    sglang: Version | None = field(default_factory=lambda: installed_sglang())
+
+    def given(self, name: str) -> Any:
+        """An argument of slime's; None where this slime has none of that name."""
+        return getattr(self.args, name, None)
+
+    @property
+    def resumes(self) -> bool:
+        """Does it go on from a checkpoint of adapters?"""
+        load = self.given("load")
+        return load is not None and adapter_step_dir(load, self.given("ckpt_step")) is not None
+
+    @property
+    def adapter_sync(self) -> bool:
+        """Is the adapter alone sent to engines that run?"""
+        return self.given("lora_sync") == "adapter" and not self.given("debug_train_only")
+
+    @cached_property
+    def base(self) -> dict[str, Any]:
+        """The base's Hugging Face config, the text model's where it has several; empty where there is none to read."""
+        file = Path(self.given("hf_checkpoint") or "") / "config.json"
+        try:
+            config = json.loads(file.read_text())
+        except (OSError, ValueError):
+            return {}
+        return config | (config.get("text_config") or {})
+
+    @cached_property
+    def adapted(self) -> dict[str, set[str]]:
+        """Path in a layer -> Hugging Face leaves that get adapters, the smallest set of any layer that gets some."""
+        found: dict[str, set[str]] = {}
+        for _, path, leaves in adapted_linears(self.args):
+            found[path] = found[path] & leaves if path in found else leaves
+        return found
+
+    @property
+    def moe(self) -> bool:
+        """Are routed experts adapted?"""
+        return any(path.startswith("mlp.experts.") for path in self.adapted)
+
+    @property
+    def shared(self) -> bool:
+        """Are shared experts adapted?"""
+        return any(path.startswith("mlp.shared_experts.") for path in self.adapted)
+
+
+def installed_sglang() -> Version | None:
+    """The version that is installed on this machine; engines elsewhere are taken to have the same."""
+    try:
+        return Version(version("sglang"))
+    except PackageNotFoundError:
+        return None
+
+
+def adapted_linears(args: Namespace) -> Iterator[tuple[int, str, set[str]]]:
+    """(layer, path in the layer, Hugging Face leaves) of every linear of this model that gets an adapter."""
+    config = LoRAConfig.from_args(args)
+    targets = Targets(config.target_modules, config.exclude_modules)
+    for path, linear in LINEARS.items():
+        if not _in_model(linear, args):
+            continue
+        for layer in range(args.num_layers):
+            name = f"decoder.layers.{layer}.{path}"
+            leaves = {hf_names(name)[part].rsplit(".", 1)[-1] for part in targets.parts_of(name)}
+            if leaves:
+                yield layer, path, leaves
+
+
+def _in_model(linear: Linear, args: Namespace) -> bool:
+    """Can this model have such a linear? Dense layers of a model with experts cannot be told from its flags."""
+    path, mla = linear.path, bool(getattr(args, "multi_latent_attention", False))
+    if linear.mla is not None and linear.mla is not mla:
+        return False
+    if linear.mla:
+        has_q_rank = bool(getattr(args, "q_lora_rank", None))
+        direct = path.endswith("linear_q_proj")
+        low_rank = path.endswith(("linear_q_down_proj", "linear_q_up_proj"))
+        return not (direct and has_q_rank) and not (low_rank and not has_q_rank)
+    if linear.is_expert or path == ROUTER:
+        return bool(getattr(args, "num_experts", None))
+    if path.startswith("mlp.shared_experts."):
+        return bool(getattr(args, "moe_shared_expert_intermediate_size", None))
+    return True
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One combination that cannot work."""
+
+    name: str
+    when: Callable[[Launch], Any]
+    reason: str
+    """One line: what, why, the way out."""
