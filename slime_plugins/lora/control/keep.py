@@ -18,11 +18,10 @@ NOTE = "validation.json"
 
 
 def keep(adapter: str | os.PathLike, place: str | os.PathLike, note: Mapping[str, Any] | None = None) -> None:
-    """Copy an adapter directory; it takes the place of an earlier one, whole or not at all."""
-    files = [path for path in Path(adapter).iterdir() if path.is_file()]
-    with replaced_directory(place, drop=(NOTE, *(path.name for path in files))) as new:
-        for path in files:
-            shutil.copyfile(path, new / path.name)
+    """Copy an adapter directory; all of it takes the place of an earlier one, whole or not at all."""
+    before = Path(place)
+    with replaced_directory(place, drop=tuple(os.listdir(before)) if before.is_dir() else ()) as new:
+        shutil.copytree(adapter, new, dirs_exist_ok=True)
         if note is not None:
             (new / NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from runs import LORA, Run
@@ -69,7 +70,7 @@ def test_validation_loss_is_that_of_transformers(sft, held_out):
     base = AutoModelForCausalLM.from_pretrained(sft.work / "hf", dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, sft.work / "adapters" / "final")
     total, count = 0.0, 0
-    for line in open(held_out.split("'")[1]):
+    for line in Path(held_out.split("'")[1]).read_text().splitlines():
         row = json.loads(line)
         prompt, response = (tokenizer(row[key], add_special_tokens=False).input_ids for key in ("input", "label"))
         response.append(tokenizer.eos_token_id)
@@ -88,7 +89,6 @@ def test_sft_at_pipeline_parallel_2_decides_the_same(run, sft, held_out):
 def test_sft_at_data_parallel_2_has_the_same_first_loss(run, sft, held_out):
     split = run(*WORDS, "--dp", "2", extra=f"{LORA} {SFT} {held_out}")
     assert losses(split) == pytest.approx(losses(sft), rel=1e-3)
-    assert [e["decision"].split("; ", 1)[1:] for e in history(split)["validations"]][0] == []
 
 
 def test_a_stopped_run_does_not_start_again(run, sft, held_out):

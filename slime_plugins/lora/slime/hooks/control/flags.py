@@ -98,7 +98,7 @@ def _refuse_unknown_evaluation(args: Namespace, name: str) -> None:
     )
     if name not in names and not own_function:  # whose names are its own affair
         raise UsageError(
-            f"--lr-plateau-metric {EVAL}{name}: there is no such evaluation, --eval-prompt-data and --eval-config name "
+            f"--lr-plateau-metric {EVAL}{name}: no such evaluation, --eval-prompt-data and --eval-config name "
             f"{', '.join(names) or 'nothing'}"
         )
 

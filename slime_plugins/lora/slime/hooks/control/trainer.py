@@ -5,6 +5,7 @@ All of it happens while slime has the trainer on its devices: in ``train_actor``
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -121,19 +122,14 @@ def _save(actor, rollout_id: int) -> None:
             actor.args.offload_train = offloads
 
 
-class _awake:
+@contextlib.contextmanager
+def _awake(actor) -> Iterator[None]:
     """Inside, slime has the trainer's memory on its devices."""
-
-    def __init__(self, actor) -> None:
-        self._actor, self._offloads = actor, actor.args.offload_train
-
-    def __enter__(self) -> None:
-        if self._offloads:
-            self._actor.wake_up()
-
-    def __exit__(self, *error: object) -> None:
-        if self._offloads:
-            self._actor.sleep()
+    if actor.args.offload_train:
+        actor.wake_up()
+    yield
+    if actor.args.offload_train:
+        actor.sleep()
 
 
 _DOES = {
