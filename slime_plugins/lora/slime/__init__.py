@@ -29,7 +29,7 @@ _HOOKS = {
     "measuring": "metrics",
     "optimizing": "launch",
     "teacher_prompts": "distillation",
-    "start_of_rollout": "control.loop",
+    "start_of_run": "control.loop",
     "end_of_rollout": "control.loop",
     "evaluating": "control.loop",
     "lora_evaluation": "control.loop",

@@ -158,4 +158,4 @@ def test_another_script_is_refused(run, sft, held_out, patched_slime, tmp_path):
         log = run(*WORDS, "--train-script", "train_own.py", extra=f"{LORA} {SFT} {held_out}", fails=True).log
     finally:
         (patched_slime / "train_own.py").unlink()
-    assert "this run's script has no line of slime-lora's in its loop" in log
+    assert "this run's script has no line of slime-lora's at its loop" in log

@@ -109,35 +109,30 @@ class AroundAssignment:
 
 
 @dataclass(frozen=True)
-class BreakLoop:
-    """``if slime_lora.<call>: break`` as the first (or the last) statement of the one loop over ``target``."""
+class AtLoop:
+    """A statement in front of the one loop over ``target``, or as the last one in it."""
 
     symbol: str
     target: str
-    call: str
-    first: bool
+    text: str
+    inside: bool
     names: tuple[str, ...] = ()
-    """Local names that ``call`` uses."""
+    """Local names that ``text`` uses."""
 
     def place(self, tree: ast.Module) -> Insertion:
         function = find(tree, self.symbol)
-        loops = [
-            node
-            for node in ast.walk(function)
-            if isinstance(node, ast.For) and ast.unparse(node.target) == self.target
-        ]
+        found = [node for node in ast.walk(function) if isinstance(node, ast.For)]
+        found = [node for node in found if ast.unparse(node.target) == self.target]
         stored = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
         stored |= {node.arg for node in ast.walk(function) if isinstance(node, ast.arg)}
         lost = [name for name in self.names if name not in stored]
-        if len(loops) != 1 or lost:
+        if len(found) != 1 or lost:
             raise MissingSeamError(
-                f"{self.symbol} has {len(loops) or 'no'} loops over {self.target}, expected one"
-                + (f", and no name {', '.join(lost)}" if lost else "")
+                f"{self.symbol} has {len(found) or 'no'} loops over {self.target}, expected one"
+                + (f", or no name {', '.join(lost)}" if lost else "")
             )
-        body = loops[0].body
-        node = body[0] if self.first else body[-1]
-        line = node.lineno - 1 if self.first else _end(node)
-        return Insertion(line, f"if {MODULE}.{self.call}: break", node.lineno - 1, node.col_offset)
+        node = found[0].body[-1] if self.inside else found[0]
+        return Insertion(_end(node) if self.inside else node.lineno - 1, self.text, node.lineno - 1, node.col_offset)
 
 
 @dataclass(frozen=True)

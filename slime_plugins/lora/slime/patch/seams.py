@@ -8,19 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from slime_plugins.lora.slime.patch.edits import AroundAssignment, BreakLoop, Decorate, DictEntry, Member, Rebind
+from slime_plugins.lora.slime.patch.edits import AroundAssignment, AtLoop, Decorate, DictEntry, Member, Rebind
 
 _MEGATRON = "slime/backends/megatron_utils"
 _ACTOR = f"{_MEGATRON}/actor.py"
 _CLASS = "MegatronTrainRayActor"
-_LOOP = ("args", "rollout_id", "num_rollout_per_epoch", "actor_model", "critic_model", "rollout_manager")
+_RUN = ("args", "num_rollout_per_epoch", "actor_model", "critic_model", "rollout_manager")
 
 
-def _in_loop(file: str) -> tuple[tuple[str, BreakLoop], ...]:
-    words = ", ".join(_LOOP)
+def _around_loop(file: str) -> tuple[tuple[str, AtLoop], ...]:
+    words = ", ".join(_RUN)
+    start = f"args.num_rollout = slime_lora.start_of_run({words})"
+    end = "if slime_lora.end_of_rollout(rollout_id): break"
     return (
-        (file, BreakLoop("train", "rollout_id", f"start_of_rollout({words})", True, _LOOP)),
-        (file, BreakLoop("train", "rollout_id", f"end_of_rollout({words})", False, _LOOP)),
+        (file, AtLoop("train", "rollout_id", start, False, _RUN)),
+        (file, AtLoop("train", "rollout_id", end, True)),
     )
 
 
@@ -182,8 +184,8 @@ SEAMS = (
     Seam(
         "training control",
         (
-            *_in_loop("train.py"),
-            *_in_loop("train_async.py"),
+            *_around_loop("train.py"),
+            *_around_loop("train_async.py"),
             (_ACTOR, Decorate(f"{_CLASS}.train_actor", "validating", ("rollout_id",))),
             (_ACTOR, Member(_CLASS, "lora_control", "lora_control")),
             ("slime/ray/rollout.py", Decorate("RolloutManager.eval", "evaluating", ("rollout_id",))),

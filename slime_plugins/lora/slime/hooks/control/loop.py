@@ -1,4 +1,4 @@
-"""What slime's loop asks at the start and at the end of a rollout: validations in, learning rate and stop out.
+"""What slime's loop asks before it and at the end of every rollout: validations in, learning rate and stop out.
 
 The loop runs in the driver, without a model. It holds the history, decides by it, and tells the trainer's actors what
 to do (``trainer``). A step of the history is a rollout: entry 3 is of the weights after rollouts 0, 1 and 2.
@@ -23,21 +23,19 @@ logger = logging.getLogger(__name__)
 _current: _Run | None = None
 
 
-def start_of_rollout(args: Namespace, rollout_id: int, *others: Any) -> bool:
-    """At the top of slime's loop, with what ``_Run`` holds: has the run ended? At its first rollout, read what was."""
+def start_of_run(args: Namespace, *others: Any) -> int:
+    """In front of slime's loop, with what ``_Run`` holds: the number of rollouts that the loop shall end at."""
     global _current
-    if not flags.wanted(args) or rollout_id != args.start_rollout_id:
-        return False
-    _current = _Run.begun(args, *others)
-    return _current.catch_up(rollout_id)
-
-
-def end_of_rollout(args: Namespace, rollout_id: int, *others: Any) -> bool:
-    """At the bottom of slime's loop, after its evaluation: shall the run end here?"""
+    _current = None
     if not flags.wanted(args):
-        return False
-    assert _current is not None, "the patch of this script lacks its line at the top of the loop"
-    return _current.after(rollout_id)
+        return args.num_rollout
+    _current = _Run.begun(args, *others)
+    return args.start_rollout_id if _current.catch_up() else args.num_rollout
+
+
+def end_of_rollout(rollout_id: int) -> bool:
+    """At the bottom of slime's loop, after its evaluation: shall the run end here?"""
+    return _current is not None and _current.after(rollout_id)
 
 
 def evaluating(evaluate):
@@ -106,15 +104,17 @@ class _Run:
         run._trainer("begin", found.factor, num_rollout_per_epoch)
         return run
 
-    def catch_up(self, rollout_id: int) -> bool:
-        """Before the first rollout: a run that was cut off between its checkpoint and its validation validates now."""
-        last = rollout_id - 1
-        missing = self.goes_on and all(entry.step != rollout_id for entry in self.history.entries)
-        if missing and last >= 0 and self._is_due(last) and self.history.state.stopped is None:
-            logger.info("LoRA: rollout %d was saved and not validated; validating now", last)
-            self._measure_now(last)
-            self._decide(last)
-        return self._end(last) if self.history.state.stopped else False
+    def catch_up(self) -> bool:
+        """A run that was cut off between its checkpoint and its validation validates now. Returns: is it over?"""
+        next_one = self.args.start_rollout_id
+        missing = self.goes_on and all(entry.step != next_one for entry in self.history.entries)
+        if missing and next_one > 0 and self._is_due(next_one - 1) and self.history.state.stopped is None:
+            logger.info("LoRA: rollout %d was saved and not validated; validating now", next_one - 1)
+            self._measure_now(next_one - 1)
+            self._decide(next_one - 1)
+        if self.history.state.stopped is not None or next_one == self.args.num_rollout:
+            return self._end(next_one - 1)
+        return False
 
     def after(self, rollout_id: int) -> bool:
         """After a rollout's training, sync and evaluation."""

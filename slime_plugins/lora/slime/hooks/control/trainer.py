@@ -55,7 +55,7 @@ def validating(train_actor):
         if flags.wanted(self.args) and has_adapters(self.model) and not hasattr(self, "lora_state"):
             raise UsageError(
                 "--lr-plateau-metric and --val-interval are decided in the loops of train.py and train_async.py, and "
-                "this run's script has no line of slime-lora's in its loop; use one of those, or drop the flags"
+                "this run's script has no line of slime-lora's at its loop; use one of those, or drop the flags"
             )
         result = train_actor(self, *words, **kwargs)
         if flags.wanted(self.args) and has_adapters(self.model):
