@@ -183,7 +183,7 @@ BREAKS = [
     Break(
         "11",
         "write values that are not finite",
-        "peft/checks.py::_value_problems",
+        "peft/checks.py::value_problems",
         "    if not math.isfinite(tensor.sum(dtype=torch.float64).item()):\n",
         "    if False:\n",
         "tests/ends/test_export.py -k not_finite",

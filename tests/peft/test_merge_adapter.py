@@ -21,8 +21,10 @@ from safetensors.torch import load_file, save_file
 from slime_plugins.lora import cli
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.base.fingerprint import weights_digest
+from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.peft import directory
 from slime_plugins.lora.peft.merge import merge_adapter
+from slime_plugins.lora.quant.dequantize import dequantize_checkpoint
 from slime_plugins.lora.rehearsal.tiny import make_tiny
 
 
@@ -84,6 +86,28 @@ def test_stacked_experts_as_peft_saves_them(tmp_path):
     assert check_equal(base, tmp_path / "a", tmp_path / "out") == {f"{name}.weight" for name in values}
 
 
+@pytest.mark.parametrize("wanted", ["trained", "original"])
+def test_an_adapter_of_a_4_bit_base(tmp_path, capsys, wanted):
+    """By default onto the dequantised weights, the unadapted ones too: PEFT's merge into those, bit for bit."""
+    base = make_tiny(tmp_path / "base", tied=True, dtype=torch.bfloat16)
+    quant, checkpoint = BaseQuant(exclude=("linear_fc2",)), BaseCheckpoint(base)
+    config, tensors = adapter(
+        {"model.layers.0.self_attn.q_proj": checkpoint.linear_shape("model.layers.0.self_attn.q_proj")}
+    )
+    directory.write_adapter(
+        tmp_path / "a", config, {n: 0.1 * t for n, t in tensors.items()}, base=base, base_quant=quant
+    )
+    dequantize_checkpoint(base, tmp_path / "dense", quant)
+    words = ["merge", tmp_path / "a", "--hf-checkpoint", base, "--out", tmp_path / "out"]
+    words += ["--merge-onto", "original"] * (wanted == "original")
+    assert cli.main(list(map(str, words))) == 0
+    out, err = capsys.readouterr()
+    assert ("merging onto the nf4 base" in out) == (wanted == "trained")
+    assert ("it answers otherwise" in err) == (wanted == "original")
+    onto = tmp_path / "dense" if wanted == "trained" else base
+    assert check_equal(onto, tmp_path / "a", tmp_path / "out") == {"model.layers.0.self_attn.q_proj.weight"}
+
+
 @pytest.fixture
 def pair(tmp_path):
     base = base_checkpoint(tmp_path / "base")
@@ -139,7 +163,7 @@ def trained_head(config, tensors):
     [
         (zero_B, "every lora_B is zero"),
         (infinite, "not finite"),
-        (trained_head, "modules_to_save holds whole modules (score)"),
+        (trained_head, "beside the adapter whole modules were trained (score.weight)"),
         (lambda config, tensors: (config | {"use_dora": True}, tensors), "use_dora"),
         (lambda config, tensors: (config, dict(list(tensors.items())[1:])), "lora_A.weight is missing"),
     ],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -212,3 +213,22 @@ def test_only_what_is_typed_wins_over_a_config():
     assert vars(parser.parse_args([])) == {}
     help_text = " ".join(parser.format_help().split())
     assert "multiplies the rate (default: 0.5)" in help_text and "expected" not in help_text
+
+
+@pytest.mark.slow
+def test_a_head_beside_the_start_is_carried_along(stopped, cache, tmp_path):
+    """Through adapter, best, checkpoints and a resume with another --save, by name; never computed with."""
+    from slime_plugins.lora.peft.extra import extra_of, put_extra
+
+    root, _, _ = stopped
+    shutil.copytree(root / "out" / "adapter", tmp_path / "start")
+    head = {"score.weight": torch.randn(2, 8), "encoder.bias": torch.randn(3)}
+    put_extra(tmp_path / "start", head)
+    flags = ("--save", tmp_path / "save", *PLATEAU)
+    log = rehearse(tmp_path / "out", cache, *SFT, "--steps", 1, "--lora-adapter-path", tmp_path / "start", *flags)
+    assert "trained beside the adapter, carried along as they are: encoder.bias, score.weight" in log
+    flags = ("--save", tmp_path / "next", "--load", tmp_path / "save", *PLATEAU)
+    rehearse(tmp_path / "out 2", cache, *SFT, "--steps", 2, *flags)
+    for place in ("out/adapter", "save", "save/best", "save/final", "out 2/adapter", "next", "next/best"):
+        found = extra_of(tmp_path / place)
+        assert found.keys() == head.keys() and all(torch.equal(found[name], head[name]) for name in head), place

@@ -6,7 +6,19 @@ import subprocess
 from pathlib import Path
 
 # What slime looks like from where the plugin stands. Not slime's code: the names, and a body to put them in.
+_LOOP = (
+    "import os\n\n\n"
+    "def train(args):\n"
+    "    rollout_manager, num_rollout_per_epoch = os.sep, None\n"
+    "    actor_model, critic_model = os.sep, None\n"
+    "    for rollout_id in range(args.num_rollout):\n"
+    "        rollout_manager + actor_model\n\n"
+    "        if critic_model:\n            num_rollout_per_epoch = rollout_id\n\n"
+    "    return num_rollout_per_epoch\n"
+)
 FILES = {
+    "train.py": _LOOP,
+    "train_async.py": _LOOP,
     "slime_plugins/__init__.py": "",
     "slime/utils/arguments.py": (
         "import argparse\n\n\n"
@@ -38,6 +50,7 @@ FILES = {
         "        self.weight_updater = update_weight_cls(\n            self,\n        )\n\n"
         "    @timer\n"
         "    def update_weights(self):\n        return 1\n\n"
+        "    def train_actor(self, rollout_id, rollout_data):\n        return 3\n\n"
         "    def load_other_checkpoint(self, model_tag, path):\n        return 2\n"
     ),
     "slime/backends/megatron_utils/update_weight/common.py": (
@@ -53,6 +66,7 @@ FILES = {
     "slime/ray/rollout.py": (
         "import os\n\n\n"
         "class RolloutManager:\n    '''Rollouts.'''\n\n    def __init__(self):\n        self.a = os.sep\n"
+        "\n    def eval(self, rollout_id):\n        return rollout_id\n"
         "\n    def _convert_samples_to_train_data(self, samples):\n        return samples\n"
     ),
     "slime/rollout/sglang_streaming_rollout.py": (

@@ -21,6 +21,8 @@ from zero_checkpoints import PREFIX, TAG, Zero, trained
 from slime_plugins.lora.cli import main
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.peft.directory import read_adapter
+from slime_plugins.lora.peft.extra import extra_of
+from slime_plugins.lora.peft.verify import verify_adapter
 from slime_plugins.lora.zero.convert import convert_zero
 from slime_plugins.lora.zero.files import ZeroCheckpoint
 
@@ -203,8 +205,11 @@ def test_other_trained_modules_are_listed_and_saved_beside(tmp_path, capsys):
     Zero([trained(), extras], 2).write(tmp_path / "c", {**CONFIG, "modules_to_save": ["score"]})
     assert main(["convert-zero", str(tmp_path / "c"), "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    assert "3 tensors beside the adapter, NOT saved, --extra PATH does that" in out
+    assert f"3 tensors beside the adapter, saved to {tmp_path / 'out' / 'extra' / 'extra.safetensors'}:" in out
     assert all(name in out for name in extras)
+    expected = dict(zip(("score.weight", "model.embed_tokens.weight", "v_head.summary.bias"), extras.values()))
+    assert_equal(extra_of(tmp_path / "out"), expected)
+    assert set(verify_adapter(tmp_path / "out").extra) == set(expected)
     config, found = read_adapter(tmp_path / "out")
     assert config["modules_to_save"] is None
     assert_equal(found, plain(trained()))
@@ -212,8 +217,8 @@ def test_other_trained_modules_are_listed_and_saved_beside(tmp_path, capsys):
         arguments = ["convert-zero", str(tmp_path / "c"), "--out", str(tmp_path / "out"), "--force"]
         assert main([*arguments, "--extra", str(tmp_path / place)]) == 0
         saved = load_file(tmp_path / file)
-        expected = dict(zip(("score.weight", "model.embed_tokens.weight", "v_head.summary.bias"), extras.values()))
         assert_equal(saved, expected)
+        assert not (tmp_path / "out" / "extra").exists(), "of the adapter that was replaced"
 
 
 def test_several_adapters(tmp_path):

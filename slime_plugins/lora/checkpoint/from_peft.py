@@ -14,6 +14,7 @@ from slime_plugins.lora.checkpoint.manifest import Manifest
 from slime_plugins.lora.checkpoint.writer import complete, pack_common
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.names import hf_names, in_layer_order
+from slime_plugins.lora.peft.extra import extra_of, put_extra, refuse_part_of_base
 from slime_plugins.lora.peft.read import PeftAdapter, config_options
 from slime_plugins.lora.peft.rows import LEAVES
 from slime_plugins.lora.projections import Adapter
@@ -41,8 +42,9 @@ def import_checkpoint(
             another one.
     """
     checkpoint = BaseCheckpoint(hf_checkpoint)
-    source = PeftAdapter(adapter_dir, checkpoint)
+    source = PeftAdapter(adapter_dir, checkpoint, carries=True)
     source.refuse_other_names(names)
+    refuse_part_of_base(adapter_dir, checkpoint.weights)
     other, compared = source.tensors.other_base(checkpoint, full=True)
     if other:
         raise ValueError(f"{adapter_dir}: {other}")
@@ -78,13 +80,16 @@ def import_checkpoint(
         optimizer=None,
         parallelism={"world": 0},  # of no run: it has no random states
     )
+    extra = extra_of(adapter_dir)
     staged = directory.stage(out, None)
     try:
         written = storage.write_shards(staged, 0, shards)
     except BaseException:
         directory.discard(staged)
         raise
-    return complete(staged, [written], pack_common(), manifest), manifest, compared
+    done = complete(staged, [written], pack_common(), manifest)
+    put_extra(out, extra)
+    return done, manifest, compared
 
 
 def _check_fits(checkpoint: BaseCheckpoint, module: str, A: torch.Tensor, B: torch.Tensor) -> None:

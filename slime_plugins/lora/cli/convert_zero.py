@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--extra",
         type=place,
         metavar="PATH",
-        help="file or directory for what was trained beside the adapter (heads, embeddings)",
+        help="file or directory for what was trained beside the adapter: heads, embeddings (default: extra/ in --out)",
     )
     parser.add_argument("--force", action="store_true", help="replace an adapter that is already in --out")
 
@@ -89,8 +89,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{'weights':<13} {done.source}")
     print(f"{'config':<13} {done.config_from}")
     if done.others:
-        where = f"saved to {done.extra}" if done.extra else "NOT saved, --extra PATH does that"
-        print(f"{'also trained':<13} {len(done.others)} tensors beside the adapter, {where}:")
+        print(f"{'also trained':<13} {len(done.others)} tensors beside the adapter, saved to {done.extra}:")
         for name in done.others:
             print(f"{'':<13} {name}")
     print(table(done.report))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from slime_plugins.lora.cli.arguments import add_names, check_out, lost, place
+from slime_plugins.lora.cli.onto import add_merge_onto, onto
 
 FORMATS = ("per-expert", "fused")  # peft.experts_form.FORMATS, which costs torch to import
 NAME = "export"
@@ -38,13 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, type=place, metavar="DIR", help="the adapter, or with --merge the merged model"
     )
     parser.add_argument("--merge", action="store_true", help="write a full checkpoint: base plus adapter")
-    parser.add_argument(
-        "--merge-onto",
-        choices=("trained", "original"),
-        default="trained",
-        help="an adapter of a 4-bit base: its dequantised weights, on which it was trained, or those of "
-        "--hf-checkpoint, on which it answers otherwise (default: %(default)s)",
-    )
+    add_merge_onto(parser)
     parser.add_argument(
         "--peft-patterns",
         action="store_true",
@@ -103,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
 def _export(projections, rows, checkpoint, base, args: argparse.Namespace) -> None:
     from slime_plugins.lora.base.fingerprint import weights_digest
     from slime_plugins.lora.peft.directory import write_adapter
+    from slime_plugins.lora.peft.extra import FOLDER, extra_of, put_extra
     from slime_plugins.lora.peft.form import to_peft
     from slime_plugins.lora.peft.rows import with_rows
     from slime_plugins.lora.peft.serve_dir import make_serve_dir
@@ -121,6 +116,10 @@ def _export(projections, rows, checkpoint, base, args: argparse.Namespace) -> No
     assert adapter is not None
     digest = weights_digest(base, checkpoint.manifest.base["dtype"])
     write_adapter(args.out, *adapter, base=base, base_digest=digest, base_quant=checkpoint.base_quant)
+    extra = extra_of(checkpoint.path.parent)
+    put_extra(args.out, extra)
+    if extra:
+        print(f"also trained, beside the adapter: {', '.join(extra)}, in {args.out}/{FOLDER}")
     if args.serve_dir:
         make_serve_dir(args.hf_checkpoint, args.out, args.serve_dir)
         print(f"serve it with: transformers serve {args.serve_dir}")
@@ -128,26 +127,7 @@ def _export(projections, rows, checkpoint, base, args: argparse.Namespace) -> No
 
 def _merge(projections, rows, quant, base, args: argparse.Namespace) -> None:
     from slime_plugins.lora.base.merge import merge_checkpoint
-    from slime_plugins.lora.peft.rows import written
+    from slime_plugins.lora.peft.rows import with_rows_on
 
-    onto: dict = {}
-    if quant is not None and args.merge_onto == "trained":
-        from slime_plugins.lora.quant.dequantize import packed_weights, through_codes
-
-        names = packed_weights(base, quant)
-        onto = {"stored": through_codes(quant, names), "also": names}
-        print(f"merging onto the {quant.form} base that it was trained on, dequantised")
-    elif quant is not None:
-        print(
-            f"slime-lora: warning: the adapter was trained on a {quant.form} base; merged onto the original weights "
-            "it answers otherwise",
-            file=sys.stderr,
-        )
-    if rows:
-        change, changed = written(rows, base)
-        before = onto.get("stored", lambda name, weight: weight)
-        onto = {
-            "stored": lambda name, weight: change(name, before(name, weight)),
-            "also": {*onto.get("also", ()), *changed},
-        }
-    print(lost(merge_checkpoint(projections, base, args.out, **onto)))
+    what = with_rows_on(rows, base, **onto(quant, base, args.merge_onto))
+    print(lost(merge_checkpoint(projections, base, args.out, **what)))

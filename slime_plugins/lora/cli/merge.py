@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from slime_plugins.lora.cli.arguments import add_names, check_out, lost, place
+from slime_plugins.lora.cli.onto import add_merge_onto, onto
 
 NAME = "merge"
 HELP = "Merge a PEFT adapter into its base: a full model, for instance to train a new adapter on."
@@ -12,7 +13,8 @@ EPILOG = """\
 One plain process: no GPU, no process group, no Megatron. Every matrix is W + scaling * B A in float32, rounded once
 to the base's dtype, as PEFT's merge_and_unload of a float32 model is; the rest of the base is copied byte for byte.
 The whole base is read, once, and compared with what the adapter notes of the one that it was made for. In memory is
-one matrix at a time. DIR appears when all of it is on disk, or not at all. The last line printed is the path written.
+one matrix at a time. An adapter of a 4-bit base is merged onto its dequantised weights. DIR appears when all of it
+is on disk, or not at all. The last line printed is the path written.
 
 examples:
   slime-lora merge sft-adapter --hf-checkpoint Qwen3-4B --out Qwen3-4B-sft
@@ -27,14 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hf-checkpoint", required=True, type=place, metavar="DIR", help="the base it was trained on")
     parser.add_argument("--out", required=True, type=place, metavar="DIR", help="the merged model: a new directory")
     add_names(parser, reads=True)
+    add_merge_onto(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the model; 0, or the error that ``cli.main`` prints."""
+    from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+    from slime_plugins.lora.peft.directory import open_tensors
     from slime_plugins.lora.peft.merge import merge_adapter
 
     check_out("--out", args.out, {"ADAPTER_DIR": args.adapter, "--hf-checkpoint": args.hf_checkpoint})
-    merged = merge_adapter(args.adapter, args.hf_checkpoint, args.out, names=args.names)
+    base, quant = BaseCheckpoint(args.hf_checkpoint), open_tensors(args.adapter).base_quant
+    merged = merge_adapter(args.adapter, base, args.out, names=args.names, **onto(quant, base, args.merge_onto))
     print(f"{args.adapter}: {merged.modules} matrices merged")
     print(f"base compared: {merged.compared}")
     print(lost(merged.rounding))

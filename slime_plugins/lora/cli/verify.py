@@ -71,6 +71,8 @@ def table(report: Report) -> str:
         other = f", {report.other} other" if report.other else ""
         counts = f"{report.lora_A} lora_A, {report.lora_B} lora_B{other}, {', '.join(report.dtypes)}"
         rows.append(("tensors", counts))
+        if report.extra:
+            rows.append(("also trained", f"{', '.join(report.extra)} (beside the adapter: no server applies them)"))
         rows.append(("parameters", f"{report.parameters:,} ({report.bytes / 1e6:,.2f} MB)"))
         rows.append(("largest |B|", f"{report.largest_B:.3g}"))
         agreed = "none in the file" if report.checksums is None else f"{report.checksums} tensors agree"

@@ -76,6 +76,15 @@ class History:
         """The step after which the run was stopped."""
         return max((e.step for e in self.entries if e.decision), default=None) if self.state.stopped else None
 
+    def stop_message(self, load: str | os.PathLike) -> str | None:
+        """Why a run that would go on from ``load`` does not, if it has stopped."""
+        if self.state.stopped is None:
+            return None
+        return (
+            f"{load}: this run has stopped, after step {self.stopped_at}: {self.state.stopped}; nothing is done. "
+            "To go on, change what stopped it, or drop --lr-plateau-metric"
+        )
+
     def write(self, directory: str | os.PathLike) -> Path:
         """Put it in place of an earlier one, whole or not at all."""
         path = Path(directory) / FILE

@@ -47,6 +47,16 @@ def scale_rates(optimizer, factor: float) -> None:
         group["lr"] = group["max_lr"] * factor
 
 
+def scale_schedule(scheduler, factor: float) -> None:
+    """Let a Megatron scheduler hand out ``factor`` times the rates that it would, now and at every step to come.
+
+    Its highest rate stays as it is: a checkpoint's is compared with it.
+    """
+    plain = type(scheduler).get_lr
+    scheduler.get_lr = lambda group: factor * plain(scheduler, group)
+    scheduler.step(0)
+
+
 def _Bs(model_chunks) -> list:
     found = [p for chunk in model_chunks for name, p in chunk.named_parameters() if name.endswith(".lora_B")]
     return [parameter for parameter in found if parameter.requires_grad]

@@ -40,7 +40,7 @@ class ImportedAdapter:
     """Megatron linears that hold the different As of their projections one below the other."""
 
 
-def import_peft(model, adapter_dir: str | os.PathLike, *, optimizer=None) -> ImportedAdapter:
+def import_peft(model, adapter_dir: str | os.PathLike, *, optimizer=None, carries: bool = False) -> ImportedAdapter:
     """Load a PEFT adapter into an adapted model, at any parallelism. Call on all ranks.
 
     The model needs adapters on the same projections at the same ranks: those of ``LoRAConfig.from_peft``, or a fused
@@ -49,6 +49,7 @@ def import_peft(model, adapter_dir: str | os.PathLike, *, optimizer=None) -> Imp
     Args:
         model: a module or the list of this rank's pipeline chunks, wrapped or not.
         optimizer: Megatron's, if it exists already; its float32 copies would otherwise undo the import.
+        carries: the caller carries what was trained beside the adapter (``peft.extra``); else that is refused.
     Collectives:
         object gathers over the world, and those of ``other_base``.
     Raises:
@@ -56,7 +57,7 @@ def import_peft(model, adapter_dir: str | os.PathLike, *, optimizer=None) -> Imp
             finite, not representable, or made for a base that is here and is another. Nothing has been changed then.
     """
     config_of(model)
-    source = everywhere(lambda: PeftAdapter(adapter_dir))
+    source = everywhere(lambda: PeftAdapter(adapter_dir, carries=carries))
     on_rank_0(lambda: validate_adapter(source.config, source.tensors))
     _refuse_other_base(model, source)
     linears = list(iter_adapters(model))

@@ -125,10 +125,10 @@ def tensor_problems(config: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
     for key in tensors:
         parsed = parse_key(key)
         tensor = tensors[key]
-        if parsed is None and row_key(key) is None and not _module_to_save(config, key):
+        if parsed is None and row_key(key) is None and not module_to_save(config, key):
             problems.append(_problem("unknown_key", key, "is not a lora_A or lora_B of a linear layer"))
             continue
-        problems += _value_problems(key, tensor, matrix=parsed is not None or row_key(key) is not None)
+        problems += value_problems(key, tensor, matrix=parsed is not None or row_key(key) is not None)
         if parsed in shapes:
             problems.append(_problem("unknown_key", key, "is there twice, with and without an adapter name"))
         if parsed is not None:
@@ -151,7 +151,7 @@ def tensor_problems(config: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
     return problems
 
 
-def _value_problems(key: str, tensor: torch.Tensor, *, matrix: bool) -> list[Problem]:
+def value_problems(key: str, tensor: torch.Tensor, *, matrix: bool) -> list[Problem]:
     """Faults of one tensor that need no config: zero size, not floating point, not a matrix, not finite."""
     if tensor.numel() == 0:
         return [_problem("zero_size", key, f"has shape {list(tensor.shape)}, it holds nothing")]
@@ -234,7 +234,8 @@ def unsupported(config: Mapping[str, Any]) -> list[Problem]:
     ]
 
 
-def _module_to_save(config: Mapping[str, Any], key: str) -> bool:
+def module_to_save(config: Mapping[str, Any], key: str) -> bool:
+    """Is a tensor of this name one of ``modules_to_save``?"""
     names = config.get("modules_to_save") or ()
     names = [names] if isinstance(names, str) else names
     return any(f".{name}." in key for name in names)

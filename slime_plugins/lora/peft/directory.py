@@ -33,7 +33,7 @@ CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
 BIN = "adapter_model.bin"
 
-_SHA256 = "slime_lora.sha256"  # metadata: JSON, tensor name -> digest
+SHA256 = "slime_lora.sha256"  # metadata: JSON, tensor name -> digest
 _CONFIG = "slime_lora.config"  # metadata: JSON, the fields of the config below that were set
 _BASE = "slime_lora.base"  # metadata: fingerprint of the base checkpoint, from samples
 _BASE_DIGEST = "slime_lora.base_digest"  # metadata: digest of every byte of it, where somebody read them all
@@ -65,7 +65,7 @@ class AdapterTensors(Mapping[str, torch.Tensor]):
             header = read_header(path)
             self._stored, self.metadata = header.tensors, header.metadata
             self._keys = tuple(header.tensors)
-        self.sha256: dict[str, str] | None = _json_object(path, self.metadata.get(_SHA256))
+        self.sha256: dict[str, str] | None = _json_object(path, self.metadata.get(SHA256))
         """Digest of every tensor when written; None for files that carry none."""
 
     def __iter__(self) -> Iterator[str]:
@@ -242,7 +242,7 @@ def write_adapter(
     owned = _own_storage(tensors)
     metadata = {
         "format": "pt",
-        _SHA256: json.dumps({key: digest(tensor) for key, tensor in owned.items()}),
+        SHA256: json.dumps({key: digest(tensor) for key, tensor in owned.items()}),
         _CONFIG: json.dumps({field: config[field] for field in _MEANING if field in config}),
     }
     if base is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.base.merge import merge_checkpoint
 from slime_plugins.lora.peft.directory import validate_adapter
 from slime_plugins.lora.peft.read import PeftAdapter
-from slime_plugins.lora.peft.rows import written
+from slime_plugins.lora.peft.rows import with_rows_on
 from slime_plugins.lora.projections import Rounding, low_rank_update
 
 
@@ -32,12 +33,15 @@ def merge_adapter(
     out_dir: str | os.PathLike,
     *,
     names: str | None = None,
+    **onto: Any,
 ) -> Merged:
     """Write a copy of the base with the adapter in it, whole or not at all.
 
     Every changed tensor is PEFT's ``merge_and_unload()`` in float32, rounded once to the base's dtype. Neither the
     base nor the adapter is ever in memory: what is, is one matrix of the base and its pair.
 
+    Args:
+        onto: ``stored`` and ``also`` of ``merge_checkpoint``, where the base that was trained is not what is stored.
     Raises:
         UsageError: ``hf_checkpoint`` is no checkpoint, or ``out_dir`` holds something.
         ValueError, OSError: the adapter is damaged, is more than lora_A and lora_B, changes nothing, does not fit the
@@ -54,8 +58,8 @@ def merge_adapter(
     rows = source.rows(base)
     if not rows and not any(update.trained for update in updates):
         raise ValueError(f"{adapter_dir}: every lora_B is zero, it is untrained and merging it would give the base")
-    change, changed = written(rows, base)
-    return Merged(len(updates), compared, merge_checkpoint(updates, base, out_dir, stored=change, also=changed))
+    what = with_rows_on(rows, base, **onto)
+    return Merged(len(updates), compared, merge_checkpoint(updates, base, out_dir, **what))
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ import torch
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.base.spelling import canonical_layers
 from slime_plugins.lora.names import megatron_name
-from slime_plugins.lora.peft.checks import absent_targets, config_problems, unsupported
+from slime_plugins.lora.peft.checks import absent_targets, config_problems, module_to_save, unsupported
 from slime_plugins.lora.peft.config import module_alpha, module_rank, module_scaling, parse_key
 from slime_plugins.lora.peft.directory import AdapterTensors, read_adapter, validate_adapter
 from slime_plugins.lora.peft.experts_form import per_expert
+from slime_plugins.lora.peft.extra import extra_names
 from slime_plugins.lora.peft.rows import ALONE, VocabularyRows, ids_of, row_key, rows_in
 
 
@@ -26,12 +27,13 @@ class PeftAdapter:
 
     Args:
         base: that it was made for, if that is at hand: it knows how its modules are spelled, and what q_proj is.
+        carries: modules that were trained beside it are somebody else's affair; else they are refused.
     Raises:
         OSError: a file is missing.
         ValueError: a file is damaged, or the adapter is more than lora_A and lora_B of linears that Megatron has.
     """
 
-    def __init__(self, adapter_dir: str | os.PathLike, base: BaseCheckpoint | None = None):
+    def __init__(self, adapter_dir: str | os.PathLike, base: BaseCheckpoint | None = None, *, carries: bool = False):
         self.directory, self._base = Path(adapter_dir), base
         self.config: Mapping[str, Any]
         self._tensors: Any  # AdapterTensors, or its like that takes stacked experts apart
@@ -42,15 +44,21 @@ class PeftAdapter:
             problems = unsupported(self.config)
         if problems:
             raise ValueError(f"{adapter_dir}: {problems[0]}: it cannot be imported")
-        if self.config.get("modules_to_save"):
-            names = self.config["modules_to_save"]
-            names = names if isinstance(names, str) else ", ".join(names)
-            raise ValueError(f"{adapter_dir}: it cannot be imported: modules_to_save holds whole modules ({names})")
+        self.extra = tuple(extra_names(adapter_dir))
+        """Names of tensors that were trained beside the adapter."""
+        if (self.extra or self.config.get("modules_to_save")) and not carries:
+            raise ValueError(
+                f"{adapter_dir}: it cannot be imported: beside the adapter whole modules were trained "
+                f"({', '.join(self.extra) or self.config['modules_to_save']}), which would be lost; a rehearsal and "
+                f"`slime-lora import` carry them"
+            )
         self._keys: dict[str, dict[str, str]] = defaultdict(dict)
         for key in self._tensors:
             if row_key(key) is not None:
                 continue
             module, half = parse_key(key) or (None, None)
+            if module is None and module_to_save(self.config, key):
+                continue
             if module is None or half is None or not self._is_known(module):
                 raise ValueError(
                     f"{adapter_dir}: {key}: it cannot be imported, no linear that can be adapted has that name"
@@ -138,7 +146,7 @@ def config_options(adapter: str | os.PathLike | PeftAdapter, layout: str | None 
     Raises:
         OSError, ValueError: the directory is damaged, or holds what Megatron cannot (naming it).
     """
-    source = adapter if isinstance(adapter, PeftAdapter) else PeftAdapter(adapter)
+    source = adapter if isinstance(adapter, PeftAdapter) else PeftAdapter(adapter, carries=True)
     validate_adapter(source.config, source.tensors)
     ids = set(ids_of(source.config).values())
     if len(ids) > 1:

@@ -12,7 +12,7 @@ Tied to the embedding, an output layer has the embedding's rows. vLLM and SGLang
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,17 @@ def written(rows: Sequence[VocabularyRows], base: BaseCheckpoint) -> tuple[Chang
         return changed
 
     return change, set(by_name)
+
+
+def with_rows_on(
+    rows: Sequence[VocabularyRows], base: BaseCheckpoint, stored: Change | None = None, also: Iterable[str] = ()
+) -> dict[str, Any]:
+    """The arguments ``stored`` and ``also`` of ``merge_checkpoint``, with the rows in them."""
+    change, changed = written(rows, base)
+    return {
+        "stored": lambda name, weight: change(name, weight if stored is None else stored(name, weight)),
+        "also": {*also, *changed},
+    }
 
 
 def _module(base: BaseCheckpoint, leaf: str) -> str:

@@ -27,6 +27,7 @@ from slime_plugins.lora.peft.checks import (
 from slime_plugins.lora.peft.config import is_target, key_of, module_scaling, parse_key
 from slime_plugins.lora.peft.directory import AdapterTensors, open_tensors, read_config
 from slime_plugins.lora.peft.experts_form import per_expert
+from slime_plugins.lora.peft.extra import FILE, FOLDER, extra_names, extra_problems
 from slime_plugins.lora.peft.loaders import Adapted, describe, left_out, misnamed, warnings
 from slime_plugins.lora.peft.rows import ids_of
 
@@ -51,6 +52,8 @@ class Report:
     lora_B: int = 0
     other: int = 0
     """Tensors that are neither (modules_to_save, unknown keys)."""
+    extra: list[str] = field(default_factory=list)
+    """What was trained beside the adapter, by the base model's names (``peft.extra``)."""
     parameters: int = 0
     """Values in lora_A and lora_B."""
     bytes: int = 0
@@ -134,6 +137,7 @@ def verify_adapter(
     report.problems += [Problem(kind="checksum", message=f"{name} is lost", tensor=name) for name in tensors.lost()]
     report.problems += unsupported(config)
     watched.fill(report)
+    report.problems += _look_beside(adapter_dir, report)
     shapes = watched.shapes
     report.scalings = sorted({module_scaling(config, module) for module, _ in shapes})
     report.problems += _untrained(watched, report)
@@ -232,6 +236,14 @@ def _open(adapter_dir: str | os.PathLike, report: Report) -> tuple[dict[str, Any
     except (OSError, ValueError) as error:
         report.problems.append(Problem(kind="file", message=str(error)))
     return config, tensors
+
+
+def _look_beside(adapter_dir: str | os.PathLike, report: Report) -> list[Problem]:
+    """What was trained beside the adapter: its names into the report, its faults returned."""
+    if (Path(adapter_dir) / FOLDER / FILE).exists() and (problems := extra_problems(adapter_dir)):
+        return problems
+    report.extra = extra_names(adapter_dir)
+    return []
 
 
 def _untrained(watched: _Watched, report: Report) -> Iterable[Problem]:

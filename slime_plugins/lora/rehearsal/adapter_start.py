@@ -16,6 +16,7 @@ from slime_plugins.lora.checkpoint.manifest import Manifest
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.names import hf_names, megatron_name
+from slime_plugins.lora.peft.extra import extra_of, put_extra, refuse_part_of_base
 from slime_plugins.lora.rehearsal.settings import MAX_COUNT, Settings
 from slime_plugins.lora.targets import Targets, check_all_matched
 
@@ -41,6 +42,7 @@ def config_of_start(
     if start is None:
         return settings.lora
     what = f"{'--load' if settings.load else '--lora-adapter-path'} {start}"
+    refuse_part_of_base(_directory_of(start), base.shapes())
     theirs = _config_at(settings, what, flags.get("lora_layout"), progress)
     theirs = dataclasses.replace(theirs, seed=settings.seed)
     if not flags:
@@ -102,6 +104,21 @@ def _config_at(settings: Settings, what: str, layout: str | None, progress: Call
         if manifest.optimizer is None:
             progress(f"{what}: it has no optimizer state, the optimizer starts anew")
     return manifest.config
+
+
+def carry_extra(settings: Settings, adapter_dir: Path) -> list[str]:
+    """Put what was trained beside the adapter that the run starts from beside what it leaves; returns its names."""
+    start = settings.load or settings.lora_adapter_path
+    found = {} if start is None else extra_of(_directory_of(start))
+    for place in (adapter_dir, *([Path(settings.save)] if settings.save else ())):
+        put_extra(place, found)
+    return list(found)
+
+
+def _directory_of(start: str) -> Path:
+    """Where what was trained beside an adapter lies: below a PEFT directory, or below the run of a checkpoint."""
+    path = Path(start)
+    return path if (path / "adapter_config.json").is_file() else directory.find(path).parent
 
 
 def check_config(config: LoRAConfig, base: HFBase) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,9 @@ from pathlib import Path
 from slime_plugins.lora.checkpoint import directory
 from slime_plugins.lora.checkpoint.manifest import Manifest
 from slime_plugins.lora.control import history
-from slime_plugins.lora.control.history import BEST, FILE, FINAL, History
+from slime_plugins.lora.control.history import FILE, FINAL, History
+from slime_plugins.lora.control.keep import keep, keep_best, resume_best
 from slime_plugins.lora.control.plateau import VAL_LOSS
-from slime_plugins.lora.files.atomic import replaced_directory
 from slime_plugins.lora.rehearsal.samples import Source
 from slime_plugins.lora.rehearsal.settings import EVAL_REWARD, Settings
 
@@ -40,7 +39,7 @@ class Control:
         rate = self.history.state.lr
         entry = self.history.add(step, found)
         if self.history.is_best(step):
-            _copy(self.source.adapter_dir, self.place / BEST)
+            keep_best(self.source.adapter_dir, self.place, self.history)
         self.history.write(self.place)  # last: what it says of the best adapter is so
         if entry.decision:
             self.source.display.line(f"validation after step {step}: {entry.decision}")
@@ -49,7 +48,7 @@ class Control:
 
     def end(self) -> dict:
         """Leave the final adapter. Returns a part of the summary."""
-        _copy(self.source.adapter_dir, self.place / FINAL)
+        keep(self.source.adapter_dir, self.place / FINAL)
         state = self.history.state
         best = {} if state.best_step is None else {"best_step": state.best_step, "best": state.best}
         return {**best, "lr_last": state.lr, "stopped": state.stopped}
@@ -72,7 +71,9 @@ def control_of(source: Source, first: int) -> Control | None:
             source.display.line(f"{before} has no {FILE}: validations count from here")
         else:
             past = found
-            _keep_best(before, place, past, source)
+            said = resume_best(before, place, past)
+            if said:
+                source.display.line(said)
     return Control(source, past, place)
 
 
@@ -82,38 +83,9 @@ def stopped(settings: Settings) -> str | None:
         return None
     step = Manifest.read(directory.find(settings.load)).step or 0
     past = history.read(_run_of(settings.load), settings.plateau, settings.lr, until=step)
-    if past is None or past.state.stopped is None:
-        return None
-    return (
-        f"{settings.load}: this run has stopped, after step {past.stopped_at}: {past.state.stopped}; nothing is done. "
-        "To go on, change what stopped it, or drop --lr-plateau-metric"
-    )
+    return None if past is None else past.stop_message(settings.load)
 
 
 def _run_of(load: str) -> Path:
     """The directory of a run, of what ``--load`` may name."""
     return directory.find(load).parent
-
-
-def _keep_best(before: Path, place: Path, past: History, source: Source) -> None:
-    """Take the best adapter along; or take it away, if it is of a step that is done again now."""
-    if not (before / BEST).is_dir() or past.state.best_step is None:
-        return
-    of_step = history.load(before / FILE).state.best_step
-    if of_step == past.state.best_step:
-        if before.resolve() != place.resolve():
-            _copy(before / BEST, place / BEST)
-        return
-    source.display.line(
-        f"{before / BEST} is of step {of_step}, which is done again; that of step {past.state.best_step}, the best "
-        "until here, is not kept"
-    )
-    if before.resolve() == place.resolve():
-        shutil.rmtree(before / BEST)
-
-
-def _copy(adapter: Path, place: Path) -> None:
-    files = [path for path in adapter.iterdir() if path.is_file()]
-    with replaced_directory(place, drop=tuple(path.name for path in files)) as new:
-        for path in files:
-            shutil.copyfile(path, new / path.name)

@@ -13,6 +13,7 @@ from slime_plugins.lora.objectives import make_objective
 from slime_plugins.lora.objectives.batch import Batch
 from slime_plugins.lora.objectives.objective import Objective
 from slime_plugins.lora.rehearsal import final, outputs
+from slime_plugins.lora.rehearsal.adapter_start import carry_extra
 from slime_plugins.lora.rehearsal.cluster import Cluster, ray_cluster
 from slime_plugins.lora.rehearsal.control import control_of, stopped
 from slime_plugins.lora.rehearsal.devices import resolve_device
@@ -82,6 +83,8 @@ def train(source: Source) -> tuple[dict, Batch]:
     first = _start(cluster, settings)
     held_out, batches = eval_prompts(settings), _prompts_by_step(settings, first)
     cluster.ranks("export", str(source.adapter_dir))
+    if carried := carry_extra(settings, source.adapter_dir):
+        source.display.line(f"trained beside the adapter, carried along as they are: {', '.join(carried)}")
     if _has_teacher(source.objective):
         cluster.ranks("take_teacher", settings.gkd_teacher, settings.gkd_ema_decay)
     before = _evaluate_first(source, held_out, first)

@@ -179,7 +179,7 @@ class RankTrainer:
         from slime_plugins.lora import import_peft, load_adapter
 
         if (Path(path) / "adapter_config.json").is_file():
-            import_peft(self.chunks, path, optimizer=self.optimizer)
+            import_peft(self.chunks, path, optimizer=self.optimizer, carries=True)
         else:
             load_adapter(self.model, path, optimizer=self.optimizer, fresh_optimizer=True, restore_rng=False)
 

@@ -29,6 +29,12 @@ _HOOKS = {
     "measuring": "metrics",
     "optimizing": "launch",
     "teacher_prompts": "distillation",
+    "start_of_run": "control.loop",
+    "end_of_rollout": "control.loop",
+    "evaluating": "control.loop",
+    "lora_evaluation": "control.loop",
+    "validating": "control.trainer",
+    "lora_control": "control.trainer",
 }
 
 __all__ = list(_HOOKS)

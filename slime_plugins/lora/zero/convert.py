@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.peft.checks import absent_targets
 from slime_plugins.lora.peft.config import key_of, target_list
 from slime_plugins.lora.peft.directory import CONFIG, read_config, write_adapter
+from slime_plugins.lora.peft.extra import FILE, FOLDER, put_extra, write_extra
 from slime_plugins.lora.peft.form import flat_config, select
 from slime_plugins.lora.peft.verify import Report, verify_adapter
 from slime_plugins.lora.zero.files import ZeroCheckpoint
@@ -75,7 +74,8 @@ def convert_zero(
         alpha: lora_alpha; needed where the checkpoint has no ``adapter_config.json``.
         base_model: for ``base_model_name_or_path``; with a local directory the adapter is also checked against it.
         dtype: of the written tensors; None keeps what was trained, the fp32 masters.
-        extra: file (``.safetensors``) or directory for what was trained beside the adapter.
+        extra: file (``.safetensors``) or directory for what was trained beside the adapter; None keeps it in a folder
+            below the adapter (``peft.extra``).
         names: how modules are called, one of ``base.spelling.SPELLINGS``; the run's own names without a local base.
     Raises:
         UsageError: no such checkpoint, tag or adapter; no config and no alpha.
@@ -96,16 +96,25 @@ def convert_zero(
     reports: list[Report] = []
 
     def judge(written: Path) -> None:
+        if extra is None and beside:
+            put_extra(written, beside)
         report = verify_adapter(written, base.directory if base else None, names=names if base else None)
         if not report.ok:
             more = f" (and {len(report.problems) - 1} more)" if len(report.problems) > 1 else ""
             raise ValueError(f"not written, the result is not a good adapter: {report.problems[0].message}{more}")
         reports.append(report)
 
+    beside = _extra(checkpoint, others)
     write_adapter(out_dir, config, tensors, base=base, inspect=judge)
+    if extra is not None or not beside:
+        put_extra(out_dir, {})  # of an adapter that was replaced
     report = reports[-1]
     report.adapter = str(out_dir)
-    saved = _save_extra(Path(extra), checkpoint, others) if extra and others else None
+    saved = None
+    if beside:
+        saved = Path(out_dir) / FOLDER / FILE if extra is None else _file(Path(extra))
+        if extra is not None:
+            write_extra(saved, beside)
     return Conversion(
         checkpoint=str(checkpoint.directory),
         stage=checkpoint.stage,
@@ -113,7 +122,7 @@ def convert_zero(
         source=checkpoint.source,
         config_from=config_from,
         others=others,
-        extra=saved,
+        extra=None if saved is None else str(saved),
         report=report,
     )
 
@@ -190,7 +199,7 @@ def _config(
                 )
             if base_model:
                 config["base_model_name_or_path"] = base_model
-            # Heads and embeddings go beside the adapter, so that every server can read it.
+            # Heads and embeddings go beside the adapter, so that every server can read it (``peft.extra``).
             config |= {"inference_mode": True, "modules_to_save": None}
             if stale := absent_targets(config, tensors.ranks()):  # names that the model did not have
                 config["target_modules"] = [name for name in config["target_modules"] if name not in stale]
@@ -234,22 +243,15 @@ def _base_linears(checkpoint: ZeroCheckpoint, base_model: str | None, adapted: I
     return {re.sub(r"\.layers\.\d+\.", layer, module, count=1) for module in adapted for layer in layers}
 
 
-def _save_extra(path: Path, checkpoint: ZeroCheckpoint, names: list[str]) -> str:
-    """Everything trained beside the adapter, under the base model's names, as one safetensors file."""
-    if path.suffix != ".safetensors":
-        path = path / "extra.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+def _file(path: Path) -> Path:
+    return path if path.suffix == ".safetensors" else path / FILE
+
+
+def _extra(checkpoint: ZeroCheckpoint, names: list[str]) -> dict[str, torch.Tensor]:
+    """Everything trained beside the adapter, under the base model's names."""
+    tensors: dict[str, torch.Tensor] = {}
     for name in names:
         match = _WRAPPED.fullmatch(name)
         plain = _MODULE_TO_SAVE.sub(".", match[1] if match else name)
-        tensors[name if plain in tensors else plain] = checkpoint[name].clone()
-    unfinished = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        save_file(tensors, unfinished, {"format": "pt"})
-        os.replace(unfinished, path)
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written: {error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return str(path)
+        tensors[name if plain in tensors else plain] = checkpoint[name]
+    return tensors

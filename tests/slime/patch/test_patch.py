@@ -32,7 +32,7 @@ def test_apply_inserts_marked_lines_and_nothing_else(slime):
         inserted += [line.strip() for line in lines if edits.is_ours(line)]
         assert "".join(line for line in lines if not edits.is_ours(line)).encode() == before[path]
         compile(text, path, "exec")
-    assert 15 <= len(inserted) <= 30, inserted
+    assert 15 <= len(inserted) <= 45, inserted
     assert (slime / "slime_plugins/lora").is_symlink()
     assert (slime / "slime_plugins/lora/slime/patch/seams.py").is_file()
 

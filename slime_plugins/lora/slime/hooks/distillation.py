@@ -133,11 +133,16 @@ def generate_rollout(args: Namespace, rollout_id: int, data_source: Any, evaluat
                     f"for a prompt and {sample.label!r} for a label; expected text for both (--apply-chat-template, "
                     "--label-key)"
                 )
-            prompt = tokenizer(sample.prompt, add_special_tokens=False).input_ids
-            response = [*tokenizer(sample.label, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            prompt, response = given_tokens(tokenizer, sample.prompt, sample.label)
             sample.tokens, sample.response, sample.response_length = [*prompt, *response], sample.label, len(response)
             sample.reward, sample.status = 0.0, type(sample).Status.COMPLETED
     return groups
+
+
+def given_tokens(tokenizer: Any, prompt: str, label: str) -> tuple[list[int], list[int]]:
+    """Of a prompt and of a response that the data gives, its end with it."""
+    response = tokenizer(label, add_special_tokens=False).input_ids
+    return tokenizer(prompt, add_special_tokens=False).input_ids, [*response, tokenizer.eos_token_id]
 
 
 def teacher_prompts(convert):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from slime_plugins.lora.objectives.divergence import Divergence, Vocabulary, red
 from slime_plugins.lora.objectives.teacher import Teacher
 from slime_plugins.lora.parallel import unwrapped
 from slime_plugins.lora.slime.hooks.distillation import is_given
+from slime_plugins.lora.slime.hooks.replay import no_replay
 from slime_plugins.lora.slime.hooks.teachers import teacher_weights
 
 
@@ -93,7 +93,7 @@ def teach(args: Namespace, rollout_id: int, rollout_data: dict) -> None:
     _current.given = is_given(args, rollout_id)
     _current.hidden.clear()
     shown, students = _shown(rollout_data)
-    with _current.teacher.active(), _no_replay():
+    with _current.teacher.active(), no_replay():
         with _without_head(_current.model):
             _forward(args, _current.model, shown, students)
         if isinstance(_current.teacher, OtherWeights) and mpu.is_pipeline_last_stage():
@@ -285,17 +285,3 @@ def _whole_sequence(hidden: torch.Tensor, config: Any) -> torch.Tensor:
     if not config.sequence_parallel:
         return hidden
     return gather_from_sequence_parallel_region(hidden.transpose(0, 1).contiguous()).transpose(0, 1)
-
-
-@contextlib.contextmanager
-def _no_replay() -> Iterator[None]:
-    """Inside, experts are chosen by the router: slime's routing replay would replay the student's choice."""
-    before = os.environ.get("ROUTING_REPLAY_STAGE")
-    os.environ["ROUTING_REPLAY_STAGE"] = "fallthrough"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["ROUTING_REPLAY_STAGE"]
-        else:
-            os.environ["ROUTING_REPLAY_STAGE"] = before

@@ -14,6 +14,7 @@ from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.slime.hooks import distillation
+from slime_plugins.lora.slime.hooks.control import flags as control
 from slime_plugins.lora.slime.hooks.paths import TRACKER, adapter_step_dir, step_dir
 from slime_plugins.lora.slime.hooks.refusal import Launch
 from slime_plugins.lora.slime.hooks.refusals import refused
@@ -40,6 +41,7 @@ def flags(get_provider):
             add_lora_arguments(parser)
             _add_slime_only(parser)
             distillation.add_flags(parser)
+            control.add_flags(parser)
             return parser
 
         return add_arguments
@@ -124,6 +126,7 @@ def validate_in_slime(args: Namespace) -> None:
     validate_lora_args(args)
     if not args.use_lora:
         distillation.refuse_unread(args)
+        control.refuse_unread(args)
         defaults = ArgumentParser()
         _add_slime_only(defaults)
         given = [n for n in SLIME_FLAGS if getattr(args, n, None) != defaults.get_default(n) and hasattr(args, n)]
@@ -145,6 +148,7 @@ def validate_in_slime(args: Namespace) -> None:
         logger.warning("LoRA: --load %s is resumed; --lora-adapter-path is not read", args.load)
     if args.lora_sync == "adapter" and not args.debug_train_only:
         serve_adapters(args)
+    control.set_up(args)
 
 
 def _warn_of_quantised_rollouts(args: Namespace) -> None:

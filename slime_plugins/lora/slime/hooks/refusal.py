@@ -38,6 +38,12 @@ class Launch:
         """Is the adapter alone sent to engines that run?"""
         return self.given("lora_sync") == "adapter" and not self.given("debug_train_only")
 
+    @property
+    def resumes(self) -> bool:
+        """Does it go on from a checkpoint of adapters?"""
+        load = self.given("load")
+        return load is not None and adapter_step_dir(load, self.given("ckpt_step")) is not None
+
     @cached_property
     def base(self) -> dict[str, Any]:
         """The base's Hugging Face config, the text model's where it has several; empty where there is none to read."""
@@ -159,9 +165,3 @@ class Refusal:
     when: Callable[[Launch], Any]
     reason: str
     """One line: what, why, the way out."""
-
-
-def resumes(launch: Launch) -> bool:
-    """Does it go on from a checkpoint of adapters?"""
-    load = launch.given("load")
-    return load is not None and adapter_step_dir(load, launch.given("ckpt_step")) is not None

@@ -10,15 +10,21 @@ from argparse import Namespace
 from packaging.version import Version
 
 from slime_plugins.lora.names import in_linear_attention
+from slime_plugins.lora.slime.hooks.control.refusals import CONTROL
 from slime_plugins.lora.slime.hooks.gkd_refusals import GKD
-from slime_plugins.lora.slime.hooks.refusal import ROUTER, Launch, Refusal, resumes
+from slime_plugins.lora.slime.hooks.refusal import ROUTER, Launch, Refusal
 
 _QKV, _FC1 = "self_attention.linear_qkv", "linear_fc1"
 
 
 def refused(launch: Launch) -> list[Refusal]:
     """Every row that holds for this launch."""
-    rows = [*TRAINING, *(ADAPTER_SYNC if launch.adapter_sync else ()), *(GKD if launch.given("use_gkd") else ())]
+    rows = [
+        *TRAINING,
+        *CONTROL,
+        *(ADAPTER_SYNC if launch.adapter_sync else ()),
+        *(GKD if launch.given("use_gkd") else ()),
+    ]
     return [row for row in rows if row.when(launch)]
 
 
@@ -127,7 +133,7 @@ TRAINING = (
         lambda launch: (
             launch.given("update_weight_mode") == "delta"
             and not launch.given("debug_train_only")
-            and (resumes(launch) or launch.given("lora_adapter_path"))
+            and (launch.resumes or launch.given("lora_adapter_path"))
         ),
         "--update-weight-mode delta sends nothing at the first sync, so a run that starts from an adapter (--load, "
         "--lora-adapter-path) would roll out its first batch on the base; use --update-weight-mode full",
@@ -159,30 +165,6 @@ TRAINING = (
         lambda launch: (launch.given("context_parallel_size") or 1) > 1 and _linear_attention(launch),
         "--context-parallel-size above 1 on a base with linear attention: slime's gather drops the gradients that "
         "cross chunks, and every adapter below such a layer trains on wrong ones; use --context-parallel-size 1",
-    ),
-    Refusal(
-        "LoRA+ and a warmup that does not start at 0",
-        lambda launch: (launch.given("lora_plus_ratio") or 1) != 1 and launch.given("lr_warmup_init"),
-        "--lora-plus-ratio with --lr-warmup-init: the warmup starts A and B at one rate, not at the ratio; drop "
-        "--lr-warmup-init",
-    ),
-    Refusal(
-        "reference without a start",
-        lambda launch: (
-            launch.given("lora_ref") == "start" and not launch.given("lora_adapter_path") and not resumes(launch)
-        ),
-        "--lora-ref start without --lora-adapter-path: training starts from the base, which is the reference anyway; "
-        "give the adapter to start from, or drop --lora-ref",
-    ),
-    Refusal(
-        "reference without a KL",
-        lambda launch: launch.given("lora_ref") and not launch.given("use_kl_loss") and not launch.given("kl_coef"),
-        "--lora-ref says what the KL is measured from, and none is: add --use-kl-loss or --kl-coef, or drop it",
-    ),
-    Refusal(
-        "reference that moves",
-        lambda launch: launch.given("lora_ref") == "start" and launch.given("ref_update_interval"),
-        "--lora-ref start keeps the reference at the start, --ref-update-interval moves it; drop one of them",
     ),
     Refusal(
         "deepgemm",

@@ -22,7 +22,8 @@ MODULE = "slime_lora"
 IMPORT = f"from slime_plugins.lora import slime as {MODULE}"
 
 _SHAPE = re.compile(
-    rf"[ \t\f]*(?:{re.escape(IMPORT)}|@{MODULE}\.\w+|[\w.]+ = {MODULE}\.\w+(?:\(.*\))?|\*\*{MODULE}\.\w+\(.*\),)"
+    rf"[ \t\f]*(?:{re.escape(IMPORT)}|@{MODULE}\.\w+|[\w.]+ = {MODULE}\.\w+(?:\(.*\))?|\*\*{MODULE}\.\w+\(.*\),"
+    rf"|if {MODULE}\.\w+\(.*\): break)"
     rf"  {re.escape(MARK)}[\r\n]*"
 )
 """The lines that ``insert`` writes, and wrote in earlier versions."""
@@ -105,6 +106,33 @@ class AroundAssignment:
         node = found[0]
         assert isinstance(node, (ast.Assign, ast.AnnAssign))
         return Insertion(_end(node) if self.after else node.lineno - 1, self.text, node.lineno - 1, node.col_offset)
+
+
+@dataclass(frozen=True)
+class AtLoop:
+    """A statement in front of the one loop over ``target``, or as the last one in it."""
+
+    symbol: str
+    target: str
+    text: str
+    inside: bool
+    names: tuple[str, ...] = ()
+    """Local names that ``text`` uses."""
+
+    def place(self, tree: ast.Module) -> Insertion:
+        function = find(tree, self.symbol)
+        found = [node for node in ast.walk(function) if isinstance(node, ast.For)]
+        found = [node for node in found if ast.unparse(node.target) == self.target]
+        stored = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+        stored |= {node.arg for node in ast.walk(function) if isinstance(node, ast.arg)}
+        lost = [name for name in self.names if name not in stored]
+        if len(found) != 1 or lost:
+            raise MissingSeamError(
+                f"{self.symbol} has {len(found) or 'no'} loops over {self.target}, expected one"
+                + (f", or no name {', '.join(lost)}" if lost else "")
+            )
+        node = found[0].body[-1] if self.inside else found[0]
+        return Insertion(_end(node) if self.inside else node.lineno - 1, self.text, node.lineno - 1, node.col_offset)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from slime_plugins.lora.slime.patch.edits import AroundAssignment, Decorate, DictEntry, Member, Rebind
+from slime_plugins.lora.slime.patch.edits import AroundAssignment, AtLoop, Decorate, DictEntry, Member, Rebind
 
 _MEGATRON = "slime/backends/megatron_utils"
 _ACTOR = f"{_MEGATRON}/actor.py"
 _CLASS = "MegatronTrainRayActor"
+_RUN = ("args", "num_rollout_per_epoch", "actor_model", "critic_model", "rollout_manager")
+
+
+def _around_loop(file: str) -> tuple[tuple[str, AtLoop], ...]:
+    words = ", ".join(_RUN)
+    start = f"args.num_rollout = slime_lora.start_of_run({words})"
+    end = "if slime_lora.end_of_rollout(rollout_id): break"
+    return (
+        (file, AtLoop("train", "rollout_id", start, False, _RUN)),
+        (file, AtLoop("train", "rollout_id", end, True)),
+    )
 
 
 @dataclass(frozen=True)
@@ -169,5 +180,16 @@ SEAMS = (
     Seam(
         "metrics",
         ((f"{_MEGATRON}/model.py", Decorate("train_one_step", "measuring", ("args", "model"))),),
+    ),
+    Seam(
+        "training control",
+        (
+            *_around_loop("train.py"),
+            *_around_loop("train_async.py"),
+            (_ACTOR, Decorate(f"{_CLASS}.train_actor", "validating", ("rollout_id",))),
+            (_ACTOR, Member(_CLASS, "lora_control", "lora_control")),
+            ("slime/ray/rollout.py", Decorate("RolloutManager.eval", "evaluating", ("rollout_id",))),
+            ("slime/ray/rollout.py", Member("RolloutManager", "lora_evaluation", "lora_evaluation")),
+        ),
     ),
 )
