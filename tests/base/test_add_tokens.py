@@ -164,6 +164,41 @@ def test_older_tokenizer_files_are_kept_in_step(tmp_path):
     assert json.loads((tmp_path / "out/added_tokens.json").read_text())["[act]"] == 102
 
 
+def byte_level(path: Path, special: str) -> int:
+    """Write a tokenizer as Qwen's: no unknown, a space belongs to the word after it. Returns how many tokens."""
+    import transformers
+    from tokenizers import ByteLevelBPETokenizer
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(["a red ball and a blue box"] * 9, vocab_size=280, show_progress=False)
+    trained.add_special_tokens([special])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token=special)
+    fast.save_pretrained(path)
+    return len(fast)
+
+
+def test_byte_level_tokenizers(tmp_path):
+    base = make_tiny(tmp_path / "base", "qwen2", vocab_size=320, tokenizer=False)
+    count = byte_level(base, "<|endoftext|>")
+    before = loaded_ids(base, "a red ball<|endoftext|> boxes")
+    assert add(base, tmp_path / "out", ["<|item 7|>\ta red ball", "\u00e9toile\ta blue box"]) == 0
+    out = tmp_path / "out"
+    assert loaded_ids(out, "a red ball<|endoftext|> boxes") == before
+    assert loaded_ids(out, "a<|item 7|>\u00e9toile") == [*loaded_ids(base, "a"), count, count + 1]
+    was, now = (tensors(path)["model.embed_tokens.weight"] for path in (base, out))
+    words = loaded_ids(base, "a red ball")
+    assert len(words) > 1 and torch.equal(now[count], was[words].double().mean(0).float())
+    assert now.shape == was.shape  # padded: 320 rows
+
+
+def test_a_tokenizer_that_transformers_adds_to(tmp_path, capsys):
+    """Of model type qwen2 it adds <|endoftext|> where tokenizer.json has none, with the id of the first new token."""
+    base = make_tiny(tmp_path / "base", "qwen2", vocab_size=320, tokenizer=False)
+    byte_level(base, "<|end|>")
+    assert add(base, tmp_path / "out", NEW) == 1
+    assert "transformers adds ['<|endoftext|>'] to its tokenizer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "lines, flags, words",
     [

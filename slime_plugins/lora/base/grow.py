@@ -74,8 +74,8 @@ def add_tokens(
     tokenizer = load_tokenizer(base.directory)
     grown = _grown_tokenizer(base, tokenizer, tokens, rows)
     ids = [grown.token_to_id(token.text) for token in tokens]
+    _check_ids(base, ids, tokenizer.get_vocab(), rows)
     known = sorted(set(tokenizer.get_vocab().values()))
-    _check_ids(base, ids, known, rows)
     start = _Start(base, names, tokenizer, tokens, known, _init_of(tokens, init))
     size, links = max(rows, max(ids) + 1), Counter[str]()
     with replaced_directory(out, drop=()) as new:
@@ -135,11 +135,16 @@ def _grown_tokenizer(base: BaseCheckpoint, tokenizer: Any, tokens: Sequence[NewT
     return grown
 
 
-def _check_ids(base: BaseCheckpoint, ids: list[int], known: list[int], rows: int) -> None:
-    if known[-1] >= rows:
-        raise ValueError(f"{base.directory}: its tokenizer has id {known[-1]}, its embedding {rows} rows")
-    if len(set(ids)) < len(ids) or not set(ids).isdisjoint(known):
-        raise ValueError(f"{base.directory}: {_TOKENIZER} gives new tokens ids that tokenizer_config.json has in use")
+def _check_ids(base: BaseCheckpoint, ids: list[int], vocabulary: dict[str, int], rows: int) -> None:
+    last, number = max(vocabulary.items(), key=lambda item: item[1])
+    if number >= rows:
+        raise ValueError(f"{base.directory}: its tokenizer has id {number} ({last!r:.60}), its embedding {rows} rows")
+    taken = [text for text, number in vocabulary.items() if number in set(ids)]
+    if taken or len(set(ids)) < len(ids):
+        raise ValueError(
+            f"{base.directory}: transformers adds {taken[:1]} to its tokenizer, which {_TOKENIZER} has not; load it "
+            "with AutoTokenizer and save_pretrained it there first"
+        )
 
 
 def _init_of(tokens: Sequence[NewToken], init: str | None) -> str:
