@@ -20,19 +20,12 @@ from slime_plugins.lora import LoRAConfig, apply_lora
 from slime_plugins.lora.cost.activations import Batch, Kernels, stage_activations
 from slime_plugins.lora.cost.memory import Trained
 from slime_plugins.lora.cost.model import Model, Split
-from slime_plugins.lora.rehearsal.model import build_chunks, local_layer_spec
+from slime_plugins.lora.rehearsal.model import build_chunks
 
 TOKENS = 48
 CONFIG = LoRAConfig(rank=4)
 ATTENTION = LoRAConfig(rank=3, layout="split", target_modules=("q_proj", "v_proj", "o_proj"))
 METHODS = {"full": Trained(base=True), "lora": Trained(lora=CONFIG), "attention": Trained(lora=ATTENTION)}
-
-
-def flash_spec(base, config):
-    """A decoder layer whose attention keeps no scores."""
-    layer = local_layer_spec(base, config)
-    layer.submodules.self_attention.submodules.core_attention = moe_models.Attention
-    return layer
 
 
 def dense_bytes(layout: Layout, hf_dir, trained: Trained, recompute: str, flash: bool) -> int:
@@ -42,7 +35,7 @@ def dense_bytes(layout: Layout, hf_dir, trained: Trained, recompute: str, flash:
         hf_dir,
         sequence_parallel=layout.sp,
         recompute=None if recompute == "none" else recompute,
-        layer_spec=flash_spec if flash else None,
+        layer_spec=saved_bytes.flash_spec if flash else None,
         apply=apply,
     )
     model = adapted.wrap(chunks)

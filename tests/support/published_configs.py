@@ -13,7 +13,7 @@ _KEYS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("vocab_size", "tie_word_embeddings"),
 )
-_QWEN25 = {
+QWEN25 = {
     "Qwen2.5-0.5B": (896, 4864, 24, 14, 2, 151936, True),
     "Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 151936, True),
     "Qwen2.5-3B": (2048, 11008, 36, 16, 2, 151936, True),
@@ -25,13 +25,13 @@ _QWEN3 = {
     "Qwen3-30B-A3B": (2048, 6144, 48, 32, 4, 151936, False),
 }
 _EXPERTS = {"Qwen3-30B-A3B": {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}}
-NAMES = (*_QWEN25, *_QWEN3)
+NAMES = (*QWEN25, *_QWEN3)
 
 
 def config_of(name: str) -> dict:
     """Of ``config.json``, what a plan reads."""
-    sizes = dict(zip(_KEYS, (_QWEN25 | _QWEN3)[name]))
-    if name in _QWEN25:
+    sizes = dict(zip(_KEYS, (QWEN25 | _QWEN3)[name]))
+    if name in QWEN25:
         return {"architectures": ["Qwen2ForCausalLM"], **sizes}
     kind = "Qwen3MoeForCausalLM" if name in _EXPERTS else "Qwen3ForCausalLM"
     return {"architectures": [kind], "head_dim": 128, **sizes, **_EXPERTS.get(name, {})}
@@ -46,5 +46,5 @@ def write_config(directory: str | Path, name: str) -> Path:
 
 
 if __name__ == "__main__":
-    for wanted in sys.argv[2:] or _QWEN25:
+    for wanted in sys.argv[2:] or QWEN25:
         print(write_config(sys.argv[1], wanted))

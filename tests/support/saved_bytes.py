@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
+import moe_models
 import torch
+
+from slime_plugins.lora.rehearsal.model import local_layer_spec
+
+
+def flash_spec(base, config):
+    """A decoder layer whose attention keeps no scores."""
+    layer = local_layer_spec(base, config)
+    layer.submodules.self_attention.submodules.core_attention = moe_models.Attention
+    return layer
 
 
 class Saved:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MERGEABLE = ("F64", "F32", "BF16", "F16")
 """Dtypes, in the words of safetensors, that an adapter can be merged into."""
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _SAMPLE = 4096  # bytes from the start of each tensor that go into the fingerprint
@@ -262,16 +262,16 @@ class BaseCheckpoint:
                 weights[name] = stored
         for name, file in named.items():
             if name not in weights or weights[name].file.name != file:
-                raise ValueError(f"{self.directory}: {_INDEX} says that {name!r:.120} is in {file}, which has it not")
+                raise ValueError(f"{self.directory}: {INDEX} says that {name!r:.120} is in {file}, which has it not")
         return weights
 
     def _files(self) -> tuple[list[Path], dict[str, str]]:
         """The safetensors files, and what the index says: name of a weight -> name of its file."""
-        index = self.directory / _INDEX
+        index = self.directory / INDEX
         if not index.exists():
             single = self.directory / _SINGLE
             if not single.exists():
-                raise UsageError(f"{self.directory} has no {_SINGLE} and no {_INDEX}; other weight files are not read")
+                raise UsageError(f"{self.directory} has no {_SINGLE} and no {INDEX}; other weight files are not read")
             return [single], {}
         weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -283,5 +283,5 @@ class BaseCheckpoint:
         files = [self.directory / name for name in names]
         missing = [file.name for file in files if not file.exists()]
         if missing:
-            raise ValueError(f"{self.directory}: {_INDEX} names {', '.join(missing)}, which is not there")
+            raise ValueError(f"{self.directory}: {INDEX} names {', '.join(missing)}, which is not there")
         return files, weight_map

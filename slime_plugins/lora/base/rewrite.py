@@ -41,14 +41,9 @@ def rewrite(
         UsageError: ``out`` holds something.
         ValueError: a file that is a link to elsewhere (those of a Hugging Face cache are followed).
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists and is not empty; name another place for the new checkpoint")
+    check_empty(out)
     with replaced_directory(out, drop=()) as new:
-        for entry in sorted(base.directory.iterdir()):
-            other = entry.suffix not in _OTHER_WEIGHTS and entry.name != _ADAPTER_CONFIG
-            if entry.is_file() and other and not entry.name.startswith("."):
-                _check_link(entry)
-                shutil.copyfile(entry, new / entry.name)
+        copy_others(base, new)
         if base.coded:
             _write_dense(base, new, names, change)
         for file in [] if base.coded else sorted(base.files):
@@ -58,6 +53,21 @@ def rewrite(
                 _rewrite_file(source, target, weights, change)
         if inspect is not None:
             inspect(new)
+
+
+def check_empty(out: Path) -> None:
+    """Raise UsageError where something is that a new checkpoint would replace."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists and is not empty; name another place for the new checkpoint")
+
+
+def copy_others(base: BaseCheckpoint, new: Path) -> None:
+    """Copy what is no weights: config, index, tokenizer. Raises ValueError for a link to elsewhere."""
+    for entry in sorted(base.directory.iterdir()):
+        other = entry.suffix not in _OTHER_WEIGHTS and entry.name != _ADAPTER_CONFIG
+        if entry.is_file() and other and not entry.name.startswith("."):
+            _check_link(entry)
+            shutil.copyfile(entry, new / entry.name)
 
 
 def _write_dense(base: BaseCheckpoint, new: Path, names: Collection[str], change: Callable) -> None:

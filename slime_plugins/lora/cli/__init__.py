@@ -18,8 +18,8 @@ from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.version import __version__
 
 VERBS = (
-    *("rehearse", "export", "import_", "merge", "verify", "convert_zero", "history", "plan", "dequantize"),
-    *("patch", "doctor"),
+    *("rehearse", "export", "import_", "merge", "verify", "convert_zero", "history", "plan"),
+    *("add_tokens", "dequantize", "patch", "doctor"),
 )
 """Module names in this package, in the order in which the help lists them."""
 

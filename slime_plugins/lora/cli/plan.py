@@ -130,14 +130,11 @@ def _render(cost, args: argparse.Namespace, beside: tuple | None) -> str:
 
 def _beside_rows(cost, args: argparse.Namespace, lora, full) -> list[tuple[str, str, str]]:
     tokens = f"  activations of {args.tokens:,} tokens, full recompute"
+    totals = (cost.lora.total + lora.total, cost.full.total + full.total)
     return [
         (tokens, _size(lora.kept * lora.in_flight), _size(full.kept * full.in_flight)),
         ("  logits and loss, or a layer in backward", _size(lora.work), _size(full.work)),
-        (
-            "  all of it, beside CUDA and NCCL",
-            _size(cost.lora.total + lora.total),
-            _size(cost.full.total + full.total),
-        ),
+        ("  all of it, beside CUDA and NCCL", _size(totals[0]), _size(totals[1])),
     ]
 
 

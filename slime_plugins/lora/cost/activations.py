@@ -122,8 +122,8 @@ class _Reckoning:
             kept += self._norm(self.S, self.model.hidden) + (hidden if self.trained.base else 0)
             values = self.T * vocabulary_rows(self.model, self.split)
             logits = values * _FP32
-            # slime: float32 logits, their log-softmax and a temporary, beside the logits in the model's own dtype;
-            # elsewhere float32 logits, in which the loss works in place.
+            # slime: float32 logits, their softmax and a temporary; elsewhere float32 logits, in which the loss works
+            # in place, and at first those in the model's own dtype beside them.
             work = max(
                 work, values * (3 * _FP32 if self.kernels.fused else _FP32 + (self.e if self.e != _FP32 else 0))
             )
