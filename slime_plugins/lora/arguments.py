@@ -93,6 +93,35 @@ def _add_row_arguments(group) -> None:
     add("--freeze-llm", action="store_true", help="those rows alone, no adapters on linears")
 
 
+def add_new_tokens(group) -> None:
+    """``--new-tokens``, for who knows the base's directory: ``name_new_tokens``."""
+    group.add_argument(
+        "--new-tokens",
+        metavar="FILE",
+        help="the same, by name: one token a line, known to the tokenizer of --hf-checkpoint (slime-lora add-tokens)",
+    )
+
+
+def name_new_tokens(args: argparse.Namespace) -> None:
+    """Set ``trainable_token_indices`` to the ids of ``new_tokens``, by the tokenizer of ``hf_checkpoint``.
+
+    Raises:
+        UsageError: both are given, or a token is not one of the tokenizer's.
+        ValueError, OSError: a file that cannot be read.
+    """
+    file = getattr(args, "new_tokens", None)
+    if file is None:
+        return
+    if args.trainable_token_indices:
+        raise UsageError("--new-tokens and --trainable-token-indices name the same rows; give one of them")
+    if not getattr(args, "hf_checkpoint", None):
+        raise UsageError("--new-tokens needs --hf-checkpoint, whose tokenizer knows the tokens' ids")
+    from slime_plugins.lora.base.tokens import read_tokens, token_ids
+
+    ids = token_ids(args.hf_checkpoint, [token.text for token in read_tokens(file)])
+    args.trainable_token_indices, args.new_tokens = as_ranges(sorted(ids)), None
+
+
 def lora_args(config: LoRAConfig) -> dict[str, Any]:
     """Destination -> value of the flags that give this config; ``LoRAConfig.from_args`` read backwards."""
     return {

@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slime_plugins.lora.arguments import add_lora_arguments, base_args, lora_args, validate_lora_args
+from slime_plugins.lora.arguments import (
+    add_lora_arguments,
+    add_new_tokens,
+    base_args,
+    lora_args,
+    name_new_tokens,
+    validate_lora_args,
+)
 from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.control.arguments import add_plateau_arguments
@@ -52,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint_arguments(parser.add_argument_group("where it starts, and checkpoints"))
     # Adapters alone are trained here: flags that say whether there are any say nothing.
     add_lora_arguments(parser, hide=("use_lora", "lora_only_trainable"))
+    add_new_tokens(parser)
     for action in parser._actions:
         if isinstance(action.help, str) and action.help != argparse.SUPPRESS:
             action.help = action.help.replace("%(default)s", str(action.default))
@@ -238,6 +246,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--no-lora-only-trainable: a rehearsal trains and exports adapters alone")
     given = {name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS}
     values = {**_read_config(args.config), **given} if "config" in args else given
+    values = _with_ids(values)
     refuse_unread(values.get("objective", Settings.objective), given)
     from slime_plugins.lora.rehearsal.cluster import terminate_as_interrupt
     from slime_plugins.lora.rehearsal.preflight import prepare
@@ -249,6 +258,16 @@ def run(args: argparse.Namespace) -> int:
 
         rehearse(settings, debug=getattr(args, "debug", False))
     return 0
+
+
+def _with_ids(values: dict[str, Any]) -> dict[str, Any]:
+    """``--new-tokens`` as the ids that it stands for."""
+    named = argparse.Namespace(**{"trainable_token_indices": [], "hf_checkpoint": None, "new_tokens": None, **values})
+    if named.new_tokens is None:
+        return values
+    name_new_tokens(named)
+    ids = {"trainable_token_indices": named.trainable_token_indices}
+    return {name: value for name, value in values.items() if name != "new_tokens"} | ids
 
 
 def _warn(settings: Settings) -> None:

@@ -28,8 +28,8 @@ from slime_plugins.lora.peft.config import is_target, key_of, module_scaling, pa
 from slime_plugins.lora.peft.directory import AdapterTensors, open_tensors, read_config
 from slime_plugins.lora.peft.experts_form import per_expert
 from slime_plugins.lora.peft.extra import FILE, FOLDER, extra_names, extra_problems
-from slime_plugins.lora.peft.loaders import Adapted, describe, left_out, misnamed, warnings
-from slime_plugins.lora.peft.rows import ids_of
+from slime_plugins.lora.peft.loaders import SGLANG, VLLM, Adapted, describe, left_out, misnamed, warnings
+from slime_plugins.lora.peft.rows import ALONE, ids_of, rows_in
 
 
 @dataclass(kw_only=True)
@@ -159,11 +159,15 @@ def verify_adapter(
         adapted = Adapted(base, report.names, fused=tensors is not written)
         if names is None:
             report.problems += _name_problems(adapted, modules)
-        report.problems += _base_problems(config, shapes, base, report)
+        if config.get("peft_type") != ALONE:
+            report.problems += _base_problems(config, shapes, base, report)
+        report.problems += _idle_rows(config, tensors, base, adapts=bool(modules))
         if modules & base.names(report.names).keys():
             left = left_out(adapted, modules)
             report.loaders = {loader: describe(reasons, len(modules)) for loader, reasons in left.items()}
             report.warnings += [Problem(kind="loader", message=line) for line in warnings(left, len(modules))]
+        if ids_of(config):
+            report.loaders |= dict.fromkeys((VLLM, SGLANG), "does not serve trained vocabulary rows")
     report.warnings += [
         Problem(kind="server", message=message) for message in _server_warnings(config, {m for m, _ in shapes})
     ]
@@ -260,6 +264,20 @@ def _untrained(watched: _Watched, report: Report) -> Iterable[Problem]:
             report.warnings.append(Problem(kind="untrained", message=message, tensor=key_of(module, half)))
         else:
             yield Problem(kind="untrained", message=message, tensor=key_of(module, half))
+
+
+def _idle_rows(
+    config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], base: BaseCheckpoint, *, adapts: bool
+) -> Iterable[Problem]:
+    """Trained rows of the vocabulary that are not the base's to train, or have the base's own values."""
+    try:
+        rows = rows_in(config, tensors, base)
+    except (UsageError, ValueError) as error:
+        yield Problem(kind="rows", message=str(error))
+        return
+    idle = [one for one in rows if not one.delta.any()]
+    if idle and not adapts and len(idle) == len(rows):
+        yield Problem(kind="untrained", message="every trained row has the base's own values: it was never trained")
 
 
 def _uneven_layers(modules: Iterable[str]) -> Iterable[str]:

@@ -51,6 +51,8 @@ def config_of_start(
     # Partly given flags speak of what they name alone.
     wanted = config_of_flags({**lora_args(theirs), **flags}, settings.seed)
     different = _difference(_adapted(theirs, base), _adapted(wanted, base))
+    if wanted.trainable_token_indices != theirs.trainable_token_indices:
+        different = "other vocabulary rows train there"
     if wanted.layout != theirs.layout:
         different = f"layout {theirs.layout} there, {wanted.layout} by the flags"
     if different:
@@ -126,11 +128,17 @@ def check_config(config: LoRAConfig, base: HFBase) -> None:
     alpha = max(config.alpha, *config.alpha_pattern.values(), 0)
     if alpha > MAX_COUNT:
         raise UsageError(f"LoRA alpha is {alpha:g}; expected at most {MAX_COUNT:,}")
+    beyond = [i for i in config.trainable_token_indices if i >= base.vocab_size]
+    if beyond:
+        raise UsageError(
+            f"--trainable-token-indices: {base.path} has {base.vocab_size:,} rows, none for token {beyond[0]}; add "
+            "the tokens first (slime-lora add-tokens)"
+        )
     targets = Targets(config.target_modules, config.exclude_modules)
     names = dict.fromkeys(megatron_name(name)[0] for name in base.linears())
     adapted = [name for name in names if targets.parts_of(name)]
     check_all_matched(targets, targets.matched, names)
-    if not adapted:
+    if not adapted and config.target_modules:
         raise UsageError("--lora-exclude-modules takes away everything that --lora-target-modules names")
     for name in adapted:
         _check_ranks(name, targets.parts_of(name), config, base)

@@ -68,6 +68,11 @@ def prepare(given: Mapping[str, Any], progress: Callable[[str], None] = print) -
         base_quant=adapter_start.base_of_start(settings, stored, progress),
     )
     adapter_start.check_config(settings.lora, base)
+    if settings.objective == "gkd" and settings.lora.trainable_token_indices:
+        raise UsageError(
+            "--objective gkd with trained vocabulary rows: the teacher is read through the student's output layer, "
+            "which would be the frozen one; drop --trainable-token-indices"
+        )
     if settings.base_quant is not None:
         shapes = base.shapes()
         linears = {name: shapes[f"{name}.weight"] for name in base.linears()}

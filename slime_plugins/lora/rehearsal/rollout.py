@@ -119,7 +119,7 @@ class Rollout:
             self.model = PeftModel.from_pretrained(self.base, adapter_dir).eval()
         tensors = load_file(Path(adapter_dir) / "adapter_model.safetensors")
         result = set_peft_model_state_dict(self.model, tensors)
-        missing = [name for name in result.missing_keys if "lora_" in name]
+        missing = [name for name in result.missing_keys if "lora_" in name or "trainable_tokens" in name]
         if missing or result.unexpected_keys:
             raise ValueError(f"{adapter_dir}: missing {missing}, unexpected {result.unexpected_keys}")
 

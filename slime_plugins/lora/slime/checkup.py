@@ -119,6 +119,11 @@ def _seams(slime_dir: str) -> Iterator[Finding]:
 
 def _arguments(words: Sequence[str]) -> Iterator[Finding]:
     args = launch_arguments(words)
+    try:
+        hooks.complete(args)
+    except (UsageError, ValueError, OSError) as error:
+        yield Finding("WRONG", "arguments", str(error))
+        return
     if not args.use_lora:
         yield Finding("WRONG", "arguments", "no --use-lora among them: this would train the whole model")
     if args.use_lora and getattr(args, "num_layers", None) is None:

@@ -9,7 +9,7 @@ import warnings
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from pathlib import Path
 
-from slime_plugins.lora.arguments import add_lora_arguments, validate_lora_args
+from slime_plugins.lora.arguments import add_lora_arguments, add_new_tokens, name_new_tokens, validate_lora_args
 from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 SLIME_FLAGS = (
     "lora_sync", "lora_sync_dir", "lora_sync_lag", "lora_sync_timeout", "lora_adapter_path", "lora_export_dir",
-    "lora_critic", "lora_save_merged", "lora_ref",
+    "lora_critic", "lora_save_merged", "lora_ref", "new_tokens",
 )  # fmt: skip
 
 
@@ -56,6 +56,8 @@ def _add_slime_only(parser: ArgumentParser) -> None:
         if flag not in parser._option_string_actions:  # add_lora_arguments may have it
             group.add_argument(flag, **kwargs)
 
+    if "--new-tokens" not in parser._option_string_actions:
+        add_new_tokens(group)
     add(
         "--lora-sync",
         choices=("merged", "adapter"),
@@ -111,10 +113,17 @@ def validation(validate):
     def hooked(args: Namespace, *more, **kwargs):
         result = validate(args, *more, **kwargs)
         if hasattr(args, "use_lora"):
+            complete(args)
             validate_in_slime(args)
         return result
 
     return hooked
+
+
+def complete(args: Namespace) -> None:
+    """Set what other LoRA flags follow from: trained rows alone are carried as adapters are; tokens by their ids."""
+    args.use_lora = args.use_lora or args.freeze_llm
+    name_new_tokens(args)
 
 
 def validate_in_slime(args: Namespace) -> None:
