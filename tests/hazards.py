@@ -1,7 +1,7 @@
 """Break the code on purpose, once per hazard of docs/design.md, and see the tests go red.
 
     python tests/hazards.py            # all; some 30 s each on 2 cores
-    python tests/hazards.py 3 19       # by hazard number; 4bit: of a 4-bit base; real: on real slime, where it is set up
+    python tests/hazards.py 3 19       # by hazard number; 4bit: a 4-bit base; real: on real slime, where there is some
     python tests/hazards.py --list
 
 Each entry names a function, changes it in a copy of the tree and runs the tests named. A function that is not there,
