@@ -66,6 +66,13 @@ def add_lora_arguments(parser: argparse.ArgumentParser, *, hide: Collection[str]
     add("--lora-dtype", choices=DTYPES, default=None, help="of the adapter (default: the base weight's)")
     add("--lora-rank-pattern", type=_json_object, default={}, metavar="JSON", help="e.g. '{\"linear_fc1\": 32}'")
     add("--lora-alpha-pattern", type=_json_object, default={}, metavar="JSON", help="e.g. '{\"linear_fc1\": 64}'")
+    add(
+        "--lora-plus-ratio",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="LoRA+: B's learning rate is X times A's, which is --lr (arXiv:2402.12354; default: %(default)s)",
+    )
     _add_base_arguments(parser.add_argument_group("the base under LoRA", "what its frozen weights are stored as"))
     for action in parser._actions:
         if action.dest in hide:
@@ -173,12 +180,22 @@ def validate_lora_args(args: argparse.Namespace) -> None:
         return
     LoRAConfig.from_args(args)
     check_flags(args)
+    check_lora_plus(getattr(args, "lora_plus_ratio", 1.0))
     lr = getattr(args, "lr", None)
     if lr is not None and 0 < lr < LOW_LR:
         warnings.warn(
             f"--lr {lr:g} is a learning rate for full training; LoRA wants about {LR_OVER_FULL}x that (1e-5 to 1e-4; "
             "Schulman et al. 2025)",
             stacklevel=2,
+        )
+
+
+def check_lora_plus(ratio: float) -> None:
+    """Raise UsageError for a ratio that LoRA+ does not have."""
+    if not 1 <= ratio < 2**31:
+        raise UsageError(
+            f"--lora-plus-ratio {ratio:g}: expected at least 1, which is plain LoRA (the paper's own choice is 16); "
+            "a slower B than A learns less, lower --lr instead"
         )
 
 

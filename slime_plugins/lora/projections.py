@@ -91,7 +91,7 @@ def piece_key(parameter: str, leaf: str | None = None) -> str:
 
 def low_rank_update(A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
     """scaling * B A, float32 [out, in], for A [rank, in] and B [out, rank]."""
-    return scaling * (B.float() @ A.float())
+    return (B.float() @ A.float()).mul_(scaling)
 
 
 @dataclass

@@ -11,7 +11,7 @@ import pytest
 from slime_plugins.lora import cli
 from slime_plugins.lora.errors import UsageError
 
-VERB_NAMES = ("rehearse", "export", "import", "verify", "convert-zero", "plan", "patch")
+VERB_NAMES = ("rehearse", "export", "import", "merge", "verify", "convert-zero", "history", "plan", "patch")
 
 
 def slime_lora(*args: str, **kwargs) -> subprocess.CompletedProcess:

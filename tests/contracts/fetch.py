@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from wheels import SGLANG, TRANSFORMER_ENGINE, cache
+from wheels import SGLANG, TRANSFORMER_ENGINE, TRL, cache
 
 VLLM = "0.33.0"
 # Only Python is read, so any machine may take the wheel for this one.
@@ -26,6 +26,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", action="store_true", help=f"also vLLM {VLLM}, 336 MB")
     wanted = [*(("sglang", v) for v in SGLANG), *(("transformer-engine", v) for v in TRANSFORMER_ENGINE)]
+    wanted += [("trl", version) for version in TRL]
     if parser.parse_args().vllm:
         wanted.append(("vllm", VLLM))
     for name, version in wanted:

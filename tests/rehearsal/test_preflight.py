@@ -79,6 +79,8 @@ def test_defaults_depend_on_objective_and_data():
         ("sft", {"eps_clip": 0.2}, "--eps-clip is read by --objective grpo, not by sft; drop it"),
         ("sft", {"rollout_temperature": 1.0}, "--rollout-temperature is read by --objective grpo"),
         ("sft", {"show_samples": 1}, "--show-samples is not read by --objective sft: its responses are given"),
+        ("grpo", {"gkd_beta": 0.5}, "--gkd-beta is read by --objective gkd, not by grpo; drop it"),
+        ("gkd", {"eps_clip": 0.2}, "--eps-clip is read by --objective grpo, not by gkd; drop it"),
         ("grpo", {"response_key": "x"}, "--response-key is not read by --objective grpo"),
     ],
 )
@@ -185,6 +187,20 @@ def test_responses_are_looked_at_too(own, tmp_path):
     refused(
         {**own, "objective": "sft"}, "a prompt of 1 tokens and a response of 513 exceed this model's 512 positions"
     )
+
+
+def test_a_teachers_prompts_are_looked_at(own, tmp_path):
+    own |= {"objective": "gkd", "gkd_teacher_prompt_template": "{label} {prompt}"}
+    prepare(own, lambda line: None)
+    refused({**own, "gkd_teacher": str(tmp_path / "none")}, "there is no such directory")
+    refused({**own, "gkd_teacher_prompt_template": "{prompt}"}, "divergence and gradient are exactly 0")
+    refused({**own, "gkd_teacher_prompt_template": "{metadata[hint]} {prompt}"}, "there is no metadata[hint]")
+    refused({**own, "gkd_teacher_prompt_template": "t4 " * 510 + "{prompt}"}, "a prompt of 512 tokens and")
+    refused({**own, "gkd_teacher_prompt_template": ""}, "--gkd-teacher-prompt-template '': expected a name")
+    earlier = tmp_path / "out" / "adapter"
+    earlier.mkdir(parents=True)
+    (tmp_path / "out" / "settings.json").write_text("{}")
+    refused({**own, "gkd_teacher": str(earlier)}, "would be replaced")
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,11 @@ import torch
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.objectives import OBJECTIVES, make_objective, objective_class, option_names
 from slime_plugins.lora.objectives.batch import Batch, make_batch
+from slime_plugins.lora.objectives.gkd import at_students_tokens, teacher_view
 from slime_plugins.lora.objectives.grpo import GRPO, clipped_policy_loss, group_advantages, k3, sample_mean
 from slime_plugins.lora.objectives.objective import ModelOutput
 from slime_plugins.lora.objectives.sft import SFT
+from slime_plugins.lora.objectives.teacher_prompt import TeacherPrompt
 from slime_plugins.lora.rehearsal import outputs
 from slime_plugins.lora.rehearsal.encode import Encoder
 from slime_plugins.lora.rehearsal.rewards import exact, number
@@ -67,8 +69,9 @@ def test_make_batch():
 
 
 def output_of(log_probs):
-    """A model output whose tokens have these log-probs; asking for logits would be an error."""
-    return ModelOutput(None, first_column=0, vocab_size=0, token_log_probs=lambda: log_probs)
+    """A model output whose tokens have these log-probs. Its logits are log-probs over two columns."""
+    logits = torch.stack([log_probs, log_probs + 1], dim=-1)
+    return ModelOutput(logits, 0, 2, token_log_probs=lambda: log_probs, head=torch.tensor([[0.7], [0.2]]))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -77,7 +80,8 @@ def test_metrics_do_not_share_memory_with_the_loss(name):
     zeros = torch.zeros(2, 3)
     batch = Batch(zeros.long(), torch.tensor([[0.0, 1, 1]] * 2), {"advantages": torch.tensor([1.0, 2.0])})
     objective = make_objective(name, Settings())
-    batch = objective.prepare(batch).having(**dict.fromkeys(objective.computed, zeros))
+    computed = {name: zeros[..., None] + 1 if c.hidden else zeros for name, c in objective.computed.items()}
+    batch = objective.prepare(batch).having(**computed)
     loss, metrics = objective.loss(output_of((zeros - 0.5).requires_grad_()), batch)
     before = metrics["loss"].item()
     assert before == loss.item() != 0
@@ -99,7 +103,8 @@ def test_objectives_take_the_options_that_they_name():
     assert make_objective("grpo", Settings(eps_clip=0.3)).eps_clip == 0.3
     assert make_objective("grpo", Settings(rollout_temperature=0.7)).temperature == 0.7
     assert make_objective("sft", Settings(rollout_temperature=0.7)).temperature == 1.0
-    assert {name: objective_class(name).rollouts for name in OBJECTIVES} == {"grpo": True, "sft": False}
+    rollouts = {name: objective_class(name).rollouts for name in OBJECTIVES}
+    assert rollouts == {"grpo": True, "sft": False, "gkd": True}
 
 
 @pytest.mark.parametrize("cut", [1, 2, 4])
@@ -178,6 +183,9 @@ def test_rewards(reward, response, label, expected):
     assert reward(response, label) == expected
 
 
+GKD = {"objective": "gkd", "n_samples_per_prompt": 1, "gkd_teacher_prompt_template": "{label} {prompt}"}
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -206,12 +214,104 @@ def test_rewards(reward, response, label, expected):
         ({"dp": 3}, "512 samples per step"),
         ({"micro_batch_size": 3}, "--micro-batch-size 3"),
         ({"pp": 3, "vpp": 2}, "multiple of --pp 3"),
+        ({**GKD, "gkd_beta": 1.5}, "--gkd-beta 1.5: expected a number from 0 to 1"),
+        ({**GKD, "gkd_beta": float("nan")}, "--gkd-beta nan"),
+        ({**GKD, "gkd_lmbda": -0.1}, "--gkd-lmbda -0.1: expected a number from 0 to 1"),
+        ({**GKD, "gkd_temperature": 0.0}, "--gkd-temperature 0.0: expected a number above 0"),
+        ({**GKD, "sft_alpha": float("inf")}, "--sft-alpha inf"),
+        ({**GKD, "gkd_teacher": "ema", "gkd_ema_decay": 1.0}, "--gkd-ema-decay 1.0"),
+        ({**GKD, "gkd_ema_decay": 0.9}, "--gkd-ema-decay is not read with --gkd-teacher base; drop it"),
+        ({**GKD, "gkd_chunk_size": 0}, "--gkd-chunk-size 0"),
+        ({**GKD, "n_samples_per_prompt": 4}, "--n-samples-per-prompt 4 with --gkd-lmbda 0.5"),
+        ({**GKD, "sft_alpha": 0.1, "gkd_lmbda": 1.0}, "--sft-alpha 0.1 with --gkd-lmbda 1"),
+        ({**GKD, "gkd_teacher": "ema", "load": "x"}, "--load with --gkd-teacher ema: the average is in no checkpoint"),
     ],
 )
 def test_settings_are_checked(changes, words):
     with pytest.raises(UsageError) as info:
         dataclasses.replace(Settings(), **changes).check()
     assert words in str(info.value)
+
+
+NOTHING = "divergence and gradient are exactly 0 and nothing can be learnt"
+
+
+@pytest.mark.parametrize("template", [None, "{prompt}", " {prompt} "])
+def test_a_student_that_is_its_teacher_is_refused(template):
+    """One checkpoint as teacher and student, as it is commonly set up: it runs, and nobody is told."""
+    same = dataclasses.replace(Settings(), **{**GKD, "gkd_teacher_prompt_template": template})
+    for changes, why in (
+        ({}, "the adapters start as nothing (B = 0)"),
+        ({"gkd_beta": 0.0, "gkd_lmbda": 1.0, "gkd_temperature": 2.0}, "the adapters start as nothing"),
+        ({"gkd_teacher": "ema"}, "the average starts as the student"),
+        ({"gkd_teacher": "ema", "lora_adapter_path": "a"}, "the average starts as the student"),
+        ({"gkd_teacher": "a", "lora_adapter_path": "a"}, "the student starts from it"),
+    ):
+        with pytest.raises(UsageError) as info:
+            dataclasses.replace(same, **changes).check()
+        assert why in str(info.value)
+        assert NOTHING in str(info.value)
+        assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gkd_teacher_prompt_template": "{metadata[hint]} {prompt}"},
+        {"sft_alpha": 0.5},
+        {"gkd_teacher": "another"},
+        {"lora_adapter_path": "a"},
+        {"load": "a"},
+        {"gkd_teacher": "b", "lora_adapter_path": "a"},
+    ],
+    ids=str,
+)
+def test_what_there_is_to_learn_is_not_refused(changes):
+    dataclasses.replace(Settings(), **{**GKD, "gkd_teacher_prompt_template": None, **changes}).check()
+
+
+def test_lambda_is_the_share_of_steps_on_samples():
+    objective = make_objective("gkd", Settings(gkd_lmbda=0.3))
+    decided = [objective.on_policy(step, seed=5) for step in range(4000)]
+    assert sum(decided) / 4000 == pytest.approx(0.3, abs=0.03)
+    assert decided == [objective.on_policy(step, seed=5) for step in range(4000)], "a resumed run decides alike"
+    for lmbda in (0.0, 1.0):
+        objective = make_objective("gkd", Settings(gkd_lmbda=lmbda))
+        assert {objective.on_policy(step, seed=5) for step in range(100)} == {bool(lmbda)}
+
+
+def test_teacher_prompt():
+    template = TeacherPrompt("{{A}} {label} {metadata[hint]} {prompt}")
+    assert template.of("what?", "7", {"hint": 3}) == "{A} 7 3 what?"
+    assert template.of("a {label} in a prompt", "7", {"hint": 3}) == "{A} 7 3 a {label} in a prompt"
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "what?"}]
+    assert template.of(messages, "7", {"hint": 3}) == [messages[0], {"role": "user", "content": "{A} 7 3 what?"}]
+    with pytest.raises(ValueError, match=r"there is no metadata\[hint\] for the prompt 'what\?'"):
+        template.of("what?", "7", {})
+    with pytest.raises(ValueError, match="there is no label"):
+        template.of("what?", None, {"hint": 3})
+    with pytest.raises(ValueError, match="expected one with text as content"):
+        template.of([{"role": "user", "content": [{"type": "image"}]}], "7", {"hint": 3})
+
+
+@pytest.mark.parametrize(
+    "template", ["{answer}", "{prompt.__class__}", "{}", "{prompt", "}", "{metadata}", "{prompt!r}"]
+)
+def test_a_wrong_teacher_prompt_is_named(template):
+    with pytest.raises(UsageError, match=r"expected \{prompt\}, \{label\} or"):
+        TeacherPrompt(template)
+
+
+def test_the_teachers_states_go_where_the_student_has_its_tokens():
+    """Of prompts of 2 and 1 tokens before responses of 2 and 3, shown to the teacher as prompts of 1 and 3."""
+    student = make_batch([[5, 6], [7]], [[1, 2], [1, 2, 3]], multiple=1)
+    shown = make_batch([[4], [4, 4, 4]], [[1, 2], [1, 2, 3]], multiple=2)
+    view = teacher_view(student.having(teacher_tokens=shown.tokens, teacher_mask=shown.mask))
+    assert torch.equal(view.tokens, shown.tokens)
+    states = torch.arange(12.0).view(2, 6, 1) + 1
+    aligned = at_students_tokens(states, view)[..., 0]
+    assert aligned.tolist() == [[0, 1, 2, 0], [9, 10, 11, 0]]
+    assert torch.equal(teacher_view(student).tokens, student.tokens), "without a prompt of its own, the student's"
 
 
 def test_microbatches():

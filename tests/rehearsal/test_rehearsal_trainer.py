@@ -10,6 +10,7 @@ import dataclasses
 
 import pytest
 import torch
+from gradient_steps import GRADIENT_LR, VOCAB, gradient_trainer, samples, taken_gradient
 from harness import Layout
 from safetensors.torch import load_file
 
@@ -18,21 +19,13 @@ from slime_plugins.lora.objectives.batch import make_batch
 from slime_plugins.lora.rehearsal.settings import Settings
 from slime_plugins.lora.rehearsal.tiny import make_tiny
 
-VOCAB, SAMPLES, TEMPERATURE = 131, 8, 0.7  # the vocabulary is odd: padded at TP 2
+TEMPERATURE = 0.7
 # Split: with one A for q, k and v, as fused has it, PEFT would train three.
 LORA = LoRAConfig(rank=4, layout="split")
 SETTINGS = Settings(
     lr=2e-2, eps_clip=0.05, kl_loss_coef=0.3, clip_grad=0.5, rollout_temperature=TEMPERATURE, lora=LORA
 )
 ADVANTAGES = torch.tensor([1.0, -0.5, 0.25, -2.0, 0.75, 1.5, -1.0, 0.5])
-
-
-def samples():
-    """Prompts and responses of different lengths."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = [(3 + i % 3, 1 + i % 5) for i in range(SAMPLES)]
-    draw = lambda n: torch.randint(3, VOCAB, (n,), generator=generator).tolist()  # noqa: E731
-    return [draw(p) for p, _ in lengths], [draw(r) for _, r in lengths]
 
 
 def train(layout: Layout, settings, start_dir, end_dir):
@@ -133,25 +126,8 @@ def test_train_equals_oracle(pool2, base, tmp_path, layout, flags):
         assert error <= 1e-3 * SETTINGS.lr, f"{name}: {error:.2e}"
 
 
-GRADIENT_SCALE = 100.0
-
-
 def train_sft(layout: Layout, settings, start_dir, end_dir):
-    """One step that subtracts ``GRADIENT_SCALE`` times the gradient: Adam's, with an epsilon that outweighs it."""
-    import megatron.core.optimizer as megatron_optimizer
-    from adapted import randomize
-
-    from slime_plugins.lora.rehearsal.trainer import RankTrainer
-
-    config = megatron_optimizer.OptimizerConfig
-    megatron_optimizer.OptimizerConfig = lambda **options: config(**options, adam_eps=1e8)
-    try:
-        trainer = RankTrainer()
-        trainer.build(settings)
-    finally:
-        megatron_optimizer.OptimizerConfig = config
-    randomize(trainer.chunks)
-    trainer.optimizer.reload_model_params()
+    trainer = gradient_trainer(settings)
     trainer.export(str(start_dir))
     metrics = trainer.train(make_batch(*samples(), multiple=layout.tp))
     trainer.export(str(end_dir))
@@ -193,7 +169,7 @@ def test_sft_equals_oracle(request, base, tmp_path, pool, layout, flags):
         hf_checkpoint=str(base),
         n_samples_per_prompt=1,
         num_steps_per_rollout=1,
-        lr=GRADIENT_SCALE * 1e8,
+        lr=GRADIENT_LR,
         clip_grad=0.0,
         **{"tp": 1, **layout, **flags},
     )
@@ -204,7 +180,7 @@ def test_sft_equals_oracle(request, base, tmp_path, pool, layout, flags):
     start, end = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "b"))
     assert start.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        found = (start[name] - end[name]) / GRADIENT_SCALE
+        found = taken_gradient(start[name], end[name])
         assert (found - gradient).norm() <= 1e-4 * gradient.norm(), name
 
 

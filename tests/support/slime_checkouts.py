@@ -24,7 +24,8 @@ FILES = {
         "import os\n\n\ndef save_hf_model_to_path(args, output_dir, model, *, model_name=None):\n    return os.sep\n"
     ),
     "slime/backends/megatron_utils/model.py": (
-        "import os\n\n\ndef train_one_step(args, rollout_id, model):\n    return {}, os.sep\n"
+        "import os\nfrom os.path import join as get_megatron_optimizer\n\n\n"
+        "def train_one_step(args, rollout_id, model):\n    return {}, os.sep\n"
     ),
     "slime/backends/megatron_utils/actor.py": (
         '"""Actor."""\n'
@@ -52,6 +53,7 @@ FILES = {
     "slime/ray/rollout.py": (
         "import os\n\n\n"
         "class RolloutManager:\n    '''Rollouts.'''\n\n    def __init__(self):\n        self.a = os.sep\n"
+        "\n    def _convert_samples_to_train_data(self, samples):\n        return samples\n"
     ),
     "slime/rollout/sglang_streaming_rollout.py": (
         "import os\n\n\nasync def generate_streaming(args):\n    url = os.sep\n"

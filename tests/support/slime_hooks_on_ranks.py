@@ -58,7 +58,7 @@ def policies(layout: Layout, hf_dir):
     model = model_of(layout, hf_dir)
     store = Policies(Namespace(offload_train=False), model)
     actor = types.SimpleNamespace(
-        args=Namespace(ref_ckpt_step=None, opd_teacher_ckpt_step=None), model=model, weights_backuper=store
+        args=_of_a_start(hf_dir, opd_teacher_ckpt_step=None), model=model, weights_backuper=store
     )
     remember_base(model, str(hf_dir), None)
     load_other = other_policy(lambda self, tag, path: _load_scaled(self, tag, float(Path(path).name)))
@@ -118,6 +118,53 @@ def policies(layout: Layout, hf_dir):
     with adapters_disabled(model):
         seen["expected teacher"] = logits(model)
     return seen
+
+
+def _of_a_start(hf_dir, **changes) -> Namespace:
+    """slime's arguments that say what a run starts from: the base, without an adapter."""
+    start = dict(load=str(hf_dir), save=None, ckpt_step=None, finetune=False, lora_adapter_path=None, lora_ref=None)
+    return Namespace(**(start | {"ref_ckpt_step": None, "offload_train": False} | changes))
+
+
+def reference(layout: Layout, hf_dir, work, resumed: bool, args: dict):
+    """The reference policy of a run from an adapter, at its start or resumed: outputs, before and after a step.
+
+    A start leaves ``work``/adapter (PEFT) and, as slime does after two steps, ``work``/run/iter_0000002.
+    """
+    from slime_plugins.lora import export_peft
+    from slime_plugins.lora.checkpoint.load import load_adapter
+    from slime_plugins.lora.checkpoint.save import save_adapter
+    from slime_plugins.lora.slime.hooks.base_check import remember_base
+    from slime_plugins.lora.slime.hooks.policies import Policies, other_policy
+
+    slime_stand_ins.install()
+    model = model_of(layout, hf_dir)
+    if resumed:
+        load_adapter(model, work / "run")
+    store = Policies(Namespace(offload_train=False), model)
+    actor = types.SimpleNamespace(args=_of_a_start(hf_dir, **args), model=model, weights_backuper=store)
+    remember_base(model, str(hf_dir), None)
+    store.backup("actor")
+    other_policy(None)(actor, "ref", str(hf_dir))
+    seen = {"actor": logits(model), "bytes": dict(store.host_bytes)}
+    store.restore("ref")
+    seen["ref"] = _whole(model)
+    store.restore("actor")
+    if not resumed:
+        export_peft(model, work / "adapter", hf_checkpoint=hf_dir)
+    _step(model)
+    store.backup("actor")
+    seen["stepped"] = logits(model)
+    if not resumed:
+        save_adapter(model, work / "run", step=2)
+    store.restore("ref")
+    seen["ref after a step"] = _whole(model)
+    return seen
+
+
+def _whole(model):
+    """Logits over the whole vocabulary."""
+    return adapted.gather_logits(logits(model), 128)
 
 
 def _load_scaled(actor, tag: str, factor: float) -> None:

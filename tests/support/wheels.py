@@ -24,6 +24,8 @@ SGLANG = ("0.5.15.post1", "0.5.23")
 """What slime v0.3.1 and main of August 2026 pin, and the newest that has been read."""
 TRANSFORMER_ENGINE = ("2.16.1", "2.20.2")
 """What slime's Dockerfile pins, and the newest that has been read."""
+TRL = ("0.24.0", "1.16.0")
+"""The last that has GKDTrainer outside ``experimental``, and the newest that has been read."""
 
 
 def cache() -> Path:

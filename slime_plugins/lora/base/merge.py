@@ -5,15 +5,33 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from slime_plugins.lora.base.checkpoint import MERGEABLE, BaseCheckpoint
 from slime_plugins.lora.base.rewrite import rewrite
-from slime_plugins.lora.projections import Projection, Rounding, merge
+from slime_plugins.lora.projections import Rounding, merge
+
+_ROUNDED_AT_ONCE = 1 << 20  # entries: counting what is lost takes several copies of them, two in float64
 
 
-def merge_weight(weight: torch.Tensor, projection: Projection, rounding: Rounding | None = None) -> torch.Tensor:
+class Update(Protocol):
+    """What is merged into one matrix: a ``Projection``, or something that reads its values when they are needed."""
+
+    @property
+    def name(self) -> str:
+        """Of the linear, canonical."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]"""
+
+    def update(self) -> torch.Tensor:
+        """scaling * B A, float32 [out, in]."""
+
+
+def merge_weight(weight: torch.Tensor, projection: Update, rounding: Rounding | None = None) -> torch.Tensor:
     """W + scaling * B A in W's dtype, [out, in]; the sum is rounded once.
 
     Raises:
@@ -23,14 +41,17 @@ def merge_weight(weight: torch.Tensor, projection: Projection, rounding: Roundin
         raise ValueError(
             f"{projection.name} is {list(weight.shape)} in the base, its adapter is for {list(projection.shape)}"
         )
-    merged = merge(weight, projection.update(), rounding)
-    if not torch.isfinite(merged).all():
-        raise ValueError(f"{projection.name} is not finite after merging")
+    update, merged = projection.update(), torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    rows = max(1, _ROUNDED_AT_ONCE // weight.shape[1])
+    for part in zip(weight.split(rows), update.split(rows), merged.split(rows)):
+        part[2].copy_(merge(*part[:2], rounding))
+        if not torch.isfinite(part[2]).all():
+            raise ValueError(f"{projection.name} is not finite after merging")
     return merged
 
 
 def merge_checkpoint(
-    projections: Iterable[Projection],
+    projections: Iterable[Update],
     hf_checkpoint: str | os.PathLike | BaseCheckpoint,
     out_dir: str | os.PathLike,
     *,
@@ -40,7 +61,7 @@ def merge_checkpoint(
     """Write a copy of a base checkpoint with adapters merged in, whole or not at all.
 
     Files, index, tensor order and dtypes stay those of the base, so tied embeddings stay tied; adapted matrices are
-    replaced one by one as the bytes stream past: one matrix in memory at a time, beside the adapter.
+    replaced one by one as the bytes stream past: one matrix in memory at a time, beside what the updates hold.
 
     Args:
         stored: tensor name, value -> what the trained base had in its place (a dequantised matrix), same shape and
@@ -65,7 +86,7 @@ def merge_checkpoint(
     return rounding
 
 
-def _check(name: str, projection: Projection, base: BaseCheckpoint) -> None:
+def _check(name: str, projection: Update, base: BaseCheckpoint) -> None:
     weight = base.weights.get(name)
     if weight is None or weight.shape != projection.shape:
         has = f"has {list(weight.shape)}" if weight else "has none of that name"

@@ -15,7 +15,7 @@ from slime_plugins.lora.base import fingerprint as base
 from slime_plugins.lora.checkpoint import directory, rng
 from slime_plugins.lora.checkpoint.manifest import Manifest, adapter_differences
 from slime_plugins.lora.checkpoint.model import Slot, adapters_of, fingerprint_of_model, parallelism, slots_of
-from slime_plugins.lora.checkpoint.optimizer import MASTER, OptimizerState, stored_states
+from slime_plugins.lora.checkpoint.optimizer import MASTER, RATIO, OptimizerState, stored_states
 from slime_plugins.lora.checkpoint.save import finish_pending
 from slime_plugins.lora.checkpoint.storage import TensorReader
 from slime_plugins.lora.checkpoint.writer import read_common
@@ -139,6 +139,12 @@ def _check_optimizer(
         state.check_trains({slot.parameter for slot in slots})
     if wanted and manifest.optimizer is None:
         raise ValueError(f"{reader.directory} holds no optimizer state; load with fresh_optimizer=True to start anew")
+    saved = (manifest.optimizer or {}).get("scalars", {}).get(RATIO, 1.0)
+    if wanted and saved != state.lora_plus_ratio:
+        raise ValueError(
+            f"{reader.directory}: its optimizer ran with --lora-plus-ratio {saved:g}, this one runs with "
+            f"{state.lora_plus_ratio:g}; give the same, or start the optimizer anew"
+        )
     for slot in slots if wanted else ():
         for piece in slot.pieces:
             count = len(_stored(slot, piece, manifest, reader))

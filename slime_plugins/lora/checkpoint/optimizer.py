@@ -16,11 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from slime_plugins.lora.control import rates
 from slime_plugins.lora.parallel import all_gather
 
 MASTER = "param"
 """The float32 copy of a 16-bit parameter, under Megatron's name for it."""
 _SCALARS = ("step",)
+RATIO = rates.RATIO
+"""LoRA+'s ratio among the scalars of a checkpoint; absent without LoRA+."""
 
 
 def stored_states(names: Sequence[str], dtype: torch.dtype) -> list[str]:
@@ -81,9 +84,16 @@ class OptimizerState:
         for inner in self.inner:
             tensors.update(_gather_distributed(inner) if _is_distributed(inner) else _copies(inner))
         one_each: dict[str, Any] = {name: next(iter(values)) for name, values in scalars.items() if values}
+        if self.lora_plus_ratio != 1:
+            one_each[RATIO] = self.lora_plus_ratio
         scalers = [s.state_dict() for s in (getattr(inner, "grad_scaler", None) for inner in self.inner) if s]
         names = all_gather({name for found in tensors.values() for name in found})
         return tensors, one_each | ({"grad_scaler": scalers[0]} if scalers else {}), sorted(set().union(*names))
+
+    @property
+    def lora_plus_ratio(self) -> float:
+        """Of B's learning rate to A's; 1 without LoRA+."""
+        return max((rates.ratio_of(inner) for inner in self.inner), default=1.0)
 
     def restart(self) -> None:
         """Forget the moments and start the masters from the model's parameters."""

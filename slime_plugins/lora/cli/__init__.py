@@ -17,7 +17,10 @@ from types import ModuleType
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.version import __version__
 
-VERBS = ("rehearse", "export", "import_", "verify", "convert_zero", "plan", "dequantize", "patch", "doctor")
+VERBS = (
+    *("rehearse", "export", "import_", "merge", "verify", "convert_zero", "history", "plan", "dequantize"),
+    *("patch", "doctor"),
+)
 """Module names in this package, in the order in which the help lists them."""
 
 EXTRAS = {

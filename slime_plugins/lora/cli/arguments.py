@@ -1,4 +1,4 @@
-"""What the flags of several verbs take: places that are named, numbers that are numbers."""
+"""What several verbs have in common: places that are named, numbers that are numbers, what merging cost."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import argparse
 import math
 import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from slime_plugins.lora.errors import UsageError
+
+if TYPE_CHECKING:
+    from slime_plugins.lora.projections import Rounding
 
 
 def place(text: str) -> str:
@@ -33,3 +37,11 @@ def check_out(flag: str, out: str, sources: Mapping[str, str | None]) -> None:
     for name, source in sources.items():
         if source is not None and os.path.realpath(out) == os.path.realpath(source):
             raise UsageError(f"{flag} {out} is what {name} names, which is read; name another place")
+
+
+def lost(rounding: Rounding) -> str:
+    """What a merge lost, as a line for people."""
+    return (
+        f"lost to rounding: {rounding.lost_share:.2%} of the update by size "
+        f"({rounding.unchanged:,} of {rounding.entries:,} weights did not move)"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from slime_plugins.lora.cli.arguments import check_out, place
+from slime_plugins.lora.cli.arguments import check_out, lost, place
 
 FORMATS = ("per-expert", "fused")  # peft.experts_form.FORMATS, which costs torch to import
 NAME = "export"
@@ -131,8 +131,4 @@ def _merge(projections, quant, base, args: argparse.Namespace) -> None:
             "it answers otherwise",
             file=sys.stderr,
         )
-    rounding = merge_checkpoint(projections, base, args.out, **onto)
-    print(
-        f"lost to rounding: {rounding.lost_share:.2%} of the update by size "
-        f"({rounding.unchanged:,} of {rounding.entries:,} weights did not move)"
-    )
+    print(lost(merge_checkpoint(projections, base, args.out, **onto)))

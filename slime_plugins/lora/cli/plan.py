@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="bytes and counts as one JSON object")
-    add_lora_arguments(parser, hide=("use_lora",))  # a plan is always one of adapters, beside full training
+    # A plan is always one of adapters, beside full training; learning rates cost nothing.
+    add_lora_arguments(parser, hide=("use_lora", "lora_plus_ratio"))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 from slime_plugins.lora.arguments import add_lora_arguments, base_args, lora_args, validate_lora_args
 from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.config import LoRAConfig
+from slime_plugins.lora.control.arguments import add_plateau_arguments
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.objectives import OBJECTIVES
 from slime_plugins.lora.rehearsal.rewards import RULES
@@ -45,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_reward_arguments(parser.add_argument_group("rewards"), defaults)
     _add_parallel_arguments(parser.add_argument_group("where it runs"), defaults)
     _add_training_arguments(parser.add_argument_group("training"), defaults)
+    _add_control_arguments(parser.add_argument_group("validation, learning rate and stopping"))
+    _add_distillation_arguments(parser.add_argument_group("distillation, --objective gkd"), defaults)
     _add_output_arguments(parser.add_argument_group("what it leaves"), defaults)
     _add_checkpoint_arguments(parser.add_argument_group("where it starts, and checkpoints"))
     # Adapters alone are trained here: flags that say whether there are any say nothing.
@@ -62,13 +65,14 @@ def _add_data_arguments(group, defaults: Settings) -> None:
         "--objective",
         choices=tuple(OBJECTIVES),
         default=defaults.objective,
-        help="grpo: RL on sampled answers; sft: cross-entropy on given responses (default: %(default)s)",
+        help="grpo: RL on sampled answers; sft: cross-entropy on given responses; gkd: a teacher's distribution "
+        "(default: %(default)s)",
     )
     add("--hf-checkpoint", metavar="DIR", help="Qwen2/2.5, Qwen3 or Llama 3 directory (default: a built-in one)")
     add("--prompt-data", metavar="FILE", help="jsonl of prompts and labels, with --hf-checkpoint")
     add("--input-key", default=defaults.input_key, metavar="KEY", help="of the prompt (default: %(default)s)")
     add("--label-key", default=defaults.label_key, metavar="KEY", help="of the answer (default: %(default)s)")
-    add("--response-key", metavar="KEY", help="of the response that sft trains on (default: that of --label-key)")
+    add("--response-key", metavar="KEY", help="of the response that is given (default: that of --label-key)")
     add("--metadata-key", default=defaults.metadata_key, metavar="KEY", help="for --custom-rm-path (%(default)s)")
     add("--apply-chat-template", action="store_true", help="text prompts become a user message")
     add("--eval-data", metavar="FILE", help="jsonl of held-out prompts, answered greedily before and after training")
@@ -133,6 +137,69 @@ def _add_training_arguments(group, defaults: Settings) -> None:
     add("--eps-clip", type=float, default=defaults.eps_clip, help="of the policy ratio (default: %(default)s)")
     add("--kl-loss-coef", type=float, default=defaults.kl_loss_coef, help="KL to the base (default: %(default)s)")
     add("--seed", type=int, default=defaults.seed, help="of adapters, sampling and order (default: %(default)s)")
+
+
+def _add_control_arguments(group) -> None:
+    group.add_argument("--val-data", metavar="FILE", help="jsonl of prompts and responses, for val_loss (sft)")
+    group.add_argument("--val-interval", type=int, metavar="N", help="steps between validations")
+    add_plateau_arguments(group)
+
+
+def _add_distillation_arguments(group, defaults: Settings) -> None:
+    add = group.add_argument
+    add(
+        "--gkd-teacher",
+        default=defaults.gkd_teacher,
+        metavar="base|ema|DIR",
+        help="the base, the average of the student's adapters, or a PEFT adapter or checkpoint (default: %(default)s)",
+    )
+    add(
+        "--gkd-teacher-prompt-template",
+        metavar="TEXT",
+        help="what the teacher is shown: {prompt}, {label}, {metadata[KEY]} (default: the student's prompt; "
+        "the built-in task has one)",
+    )
+    add(
+        "--gkd-beta",
+        type=float,
+        default=defaults.gkd_beta,
+        metavar="B",
+        help="0: KL(teacher || student), 1: KL(student || teacher), between: Jensen-Shannon (default: %(default)s)",
+    )
+    add(
+        "--gkd-lmbda",
+        type=float,
+        default=defaults.gkd_lmbda,
+        metavar="L",
+        help="share of steps on the student's own samples, not on given responses (default: %(default)s)",
+    )
+    add(
+        "--gkd-temperature",
+        type=float,
+        default=defaults.gkd_temperature,
+        metavar="T",
+        help="of both in the divergence, not of sampling (default: %(default)s)",
+    )
+    add(
+        "--sft-alpha",
+        type=float,
+        default=defaults.sft_alpha,
+        metavar="A",
+        help="weight of the cross-entropy on given responses (default: %(default)s)",
+    )
+    add(
+        "--gkd-ema-decay",
+        type=float,
+        metavar="D",
+        help="of --gkd-teacher ema, per optimizer step (default: 0.99)",
+    )
+    add(
+        "--gkd-chunk-size",
+        type=int,
+        default=defaults.gkd_chunk_size,
+        metavar="N",
+        help="tokens whose distributions are compared at a time (default: %(default)s)",
+    )
 
 
 def _by_task(name: str) -> str:
@@ -213,7 +280,7 @@ def _read_config(path: str) -> dict[str, Any]:
     if unknown:
         raise UsageError(f"--config {path}: {unknown[0]!r} is no setting of a rehearsal")
     try:
-        words = [word for name, value in content.items() for word in _words(name, value)]
+        words = [word for name, value in content.items() for word in _words(name, value, parser)]
         given = vars(parser.parse_args(words))
         if lora:
             config = LoRAConfig(**lora)
@@ -225,9 +292,12 @@ def _read_config(path: str) -> dict[str, Any]:
     return _without_builtin(given)
 
 
-def _words(name: str, value: Any) -> list[str]:
-    if value is None or value is False:
+def _words(name: str, value: Any, parser: argparse.ArgumentParser) -> list[str]:
+    if value is None:
         return []
+    if value is False:
+        no = flag(f"no_{name}")
+        return [no] if no in parser._option_string_actions else []
     if value is True:
         return [flag(name)]
     if not isinstance(value, (str, int, float)):

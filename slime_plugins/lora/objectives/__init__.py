@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from slime_plugins.lora.objectives.objective import Objective
 
-OBJECTIVES = {"grpo": "GRPO", "sft": "SFT"}
+OBJECTIVES = {"grpo": "GRPO", "sft": "SFT", "gkd": "GKD"}
 """Name, which is that of its module here -> class. Names alone, so that a help text costs no torch."""
 
 

@@ -58,3 +58,12 @@ def make_batch(
         tokens[row, :end] = torch.tensor(prompt + response)
         mask[row, len(prompt) : end] = 1.0
     return Batch(tokens, mask, fields)
+
+
+def with_token_weight(batch: Batch) -> Batch:
+    """``token_weight`` [N]: with it, a mean over samples is the mean over all of the batch's response tokens.
+
+    So a long response weighs as its tokens do, however ranks and microbatches cut the samples.
+    """
+    weight = len(batch) / batch.mask.sum()
+    return batch.having(token_weight=weight.expand(len(batch)))

@@ -18,10 +18,10 @@ class GRPO(Objective):
     kl_loss_coef: float
     rollout_temperature: float
 
-    rollouts = True
+    rollouts, given, rewarded = True, False, True
     computed = {
         "old_log_probs": Computed(lambda output, batch: output.log_probs),
-        "ref_log_probs": Computed(lambda output, batch: output.log_probs, adapters=False),
+        "ref_log_probs": Computed(lambda output, batch: output.log_probs, model="base"),
     }
     sampled_log_probs = "old_log_probs"
     of_first_step = ("kl",)  # later steps are off-policy: their adapters have moved already

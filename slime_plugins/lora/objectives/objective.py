@@ -6,7 +6,7 @@ import abc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -28,6 +28,8 @@ class ModelOutput:
     token_log_probs: Callable[[], torch.Tensor]
     tp_group: Any = None
     """Process group of the ranks that hold the other columns."""
+    head: torch.Tensor | None = None
+    """[V/T, H]: what the logits were made of final hidden states [N, S, H] with; frozen."""
 
     @cached_property
     def log_probs(self) -> torch.Tensor:
@@ -42,17 +44,25 @@ class ModelOutput:
 class Computed:
     """A field that the trainer fills before the first optimizer step on a batch, without gradients."""
 
-    of: Callable[[ModelOutput, Batch], torch.Tensor]
-    """Gives a tensor [N, ...]; it stays on the rank that made it."""
-    adapters: bool = True
-    """False: of the base, the same model with its adapters off."""
+    of: Callable[[Any, Batch], torch.Tensor]
+    """Gives a tensor [N, ...] of a ``ModelOutput`` and a micro-batch; it stays on the rank that made it."""
+    model: Literal["policy", "base", "teacher"] = "policy"
+    """``base``: the same model with its adapters off. ``teacher``: whatever the trainer has for one."""
+    hidden: bool = False
+    """True: in place of a ``ModelOutput``, final hidden states [N, S, H] in the model's dtype; no logits are made."""
+    sees: Callable[[Batch], Batch] = lambda batch: batch
+    """What the model is shown in place of the batch, as many samples; ``of`` is given that too."""
 
 
 class Objective(abc.ABC):
     """A dataclass of hyperparameters, named as the flags that set them. Its methods see tensors alone."""
 
     rollouts: ClassVar[bool]
-    """True: samples are drawn from the policy and rewarded. False: responses are given."""
+    """May samples be drawn from the policy?"""
+    given: ClassVar[bool]
+    """May responses be given?"""
+    rewarded: ClassVar[bool] = False
+    """Is it trained on rewards? If not, samples are rewarded only for people to see."""
     computed: ClassVar[Mapping[str, Computed]] = {}
     """Fields that ``loss`` reads, by name, beside those of ``of_rewards`` and ``prepare``."""
     sampled_log_probs: ClassVar[str | None] = None
@@ -64,9 +74,28 @@ class Objective(abc.ABC):
     """Metrics to draw over the steps: on the left axis, and on the right."""
 
     @property
+    def teacher_prompt_template(self) -> str | None:
+        """What a teacher is shown in place of the prompt (``teacher_prompt``); None: the prompt, or no teacher."""
+        return None
+
+    @property
     def temperature(self) -> float:
         """Logits are divided by it in ``ModelOutput.log_probs``."""
         return 1.0
+
+    def on_policy(self, step: int, seed: int) -> bool:
+        """Does this step, from 0, train on samples of the policy? The same answer whenever it is asked."""
+        return self.rollouts
+
+    def check(self, *, copies: int, start: str | None, resumed: bool) -> None:
+        """Raise UsageError for hyperparameters that cannot work, or nothing can be learnt with.
+
+        Args:
+            copies: samples of each prompt in a step.
+            start: the adapter that the run starts from; None where it starts as nothing (B = 0).
+            resumed: ``start`` is a checkpoint that the run goes on with.
+        """
+        return
 
     def of_rewards(self, rewards: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
         """Fields made of rewards float32 [N], the ``group_size`` samples of one prompt adjacent."""

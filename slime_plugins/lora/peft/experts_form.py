@@ -133,7 +133,8 @@ class PerExpert(Mapping[str, torch.Tensor]):
         fused = {key_of(s.module, half) for s in slices.values() for half in "AB"}
         self._keys: dict[str, tuple[_Slice, str] | None] = {key: None for key in tensors if key not in fused}
         self._keys |= {key_of(name, half): (s, half) for name, s in slices.items() for half in "AB"}
-        self._load = lru_cache(maxsize=2)(self._read)
+        # A and B of both stacks of a layer: files hold experts one by one, all projections of each.
+        self._load = lru_cache(maxsize=4)(self._read)
 
     def _read(self, key: str) -> tuple[torch.Tensor, str | None]:
         if hasattr(self._tensors, "load"):

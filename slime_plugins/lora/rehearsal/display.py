@@ -16,8 +16,10 @@ from slime_plugins.lora.rehearsal.rewards import RewardSample
 _SHOWN = {
     "reward": "reward {:.3f}",
     "eval_reward": "held-out {:.3f}",
+    "val_loss": "validation {:.4f}",
     "kl": "kl {:.4f}",
     "loss": "loss {:+.4f}",
+    "top_agreement": "agreement {:.3f}",
     "grad_norm": "grad norm {:.3f}",
     "tokens_per_s": "{:,.0f} tokens/s",
 }
@@ -87,12 +89,18 @@ class Display:
 def _results(summary: dict) -> Iterator[tuple[str, str]]:
     window = min(WINDOW, summary["steps"])
     for name, label in (("reward", "mean reward"), ("loss", "loss")):
-        # With rewards there, the loss says nothing: its mean is 0 by construction.
-        if f"{name}_first" in summary and not (name == "loss" and "reward_first" in summary):
+        # Where rewards are trained on, the loss says nothing: its mean is 0 by construction.
+        if f"{name}_first" in summary and not (name == "loss" and "steps_without_signal" in summary):
             last = f"{summary[f'{name}_last']:.3f} (mean of the last {window} steps: {summary[f'{name}_window']:.3f})"
             yield label, f"{summary[f'{name}_first']:.3f} -> {last}"
     if "eval_reward_last" in summary:
         yield "held-out", f"{summary['eval_reward_first']:.3f} -> {summary['eval_reward_last']:.3f}"
+    if "best" in summary:
+        yield "best", f"{summary['best']:.4f} after step {summary['best_step']}, in best/"
+    if summary.get("stopped"):
+        yield "stopped", summary["stopped"]
+    if "teacher_reward" in summary:
+        yield "distilled", f"student {summary['student_reward']:.3f}, teacher {summary['teacher_reward']:.3f}"
     if summary.get("steps_without_signal"):
         yield "no signal", f"in {summary['steps_without_signal']} of {summary['steps']} steps no rewards differed"
 

@@ -13,15 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slime_plugins.lora.base.quantization import BaseQuant
+from slime_plugins.lora.control.history import BEST, FILE, FINAL
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.rehearsal import wandb_run
 from slime_plugins.lora.rehearsal.rewards import RewardSample
 from slime_plugins.lora.rehearsal.settings import Settings
 
-ADAPTER, SERVE, EVENTS = "adapter", "serve", "tensorboard"
+ADAPTER, SERVE, EVENTS, TEACHER = "adapter", "serve", "tensorboard", "teacher"
 SETTINGS, METRICS, SAMPLES, SUMMARY = "settings.json", "metrics.jsonl", "samples.jsonl", "summary.json"
 CURVES = ("reward.png", "loss.png")
-_REPLACED = (ADAPTER, SERVE, EVENTS, METRICS, SAMPLES, SUMMARY, *CURVES)
+_REPLACED = (ADAPTER, SERVE, EVENTS, TEACHER, METRICS, SAMPLES, SUMMARY, *CURVES, BEST, FINAL, FILE)
 WINDOW = 10
 """Steps over which rewards are averaged beside the last one: a single step's is noisy."""
 
@@ -94,8 +95,8 @@ class Recorder:
         self._samples.flush()
 
     def mean(self, name: str) -> float:
-        """Of the last ``WINDOW`` steps."""
-        values = [step[name] for step in self.steps[-WINDOW:]]
+        """Of the last ``WINDOW`` steps that have it."""
+        values = [step[name] for step in self.steps if name in step][-WINDOW:]
         return sum(values) / len(values)
 
     def __enter__(self) -> Recorder:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from slime_plugins.lora.base.decoder import HFBase
 from slime_plugins.lora.base.quantization import check_checkpoint
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.objectives import objective_class
+from slime_plugins.lora.objectives import make_objective, objective_class
+from slime_plugins.lora.objectives.gkd import TEACHERS
+from slime_plugins.lora.objectives.teacher_prompt import TeacherPrompt
 from slime_plugins.lora.quant.codes import check_codes
 from slime_plugins.lora.rehearsal import adapter_start, outputs
 from slime_plugins.lora.rehearsal.builtin import builtin_checkpoint
@@ -93,14 +95,23 @@ def _check_paths(settings: Settings) -> None:
         path = getattr(settings, name)
         if path and out.resolve().is_relative_to(Path(path).resolve()):
             raise UsageError(f"--out {out}: lies in {flag(name)} {path}, which is read; name another directory")
-    for name in ("hf_checkpoint", "lora_adapter_path", "load", "prompt_data", "eval_data"):
+    for name in ("hf_checkpoint", "lora_adapter_path", "load", "prompt_data", "eval_data", "val_data"):
         path = getattr(settings, name)
         if path and outputs.would_remove(out, Path(path)):
             raise UsageError(f"--out {out}: {flag(name)} {path} would be replaced by this run; name another directory")
-    for name in ("prompt_data", "eval_data"):
+    for name in ("prompt_data", "eval_data", "val_data"):
         path = getattr(settings, name)
         if path and not Path(path).is_file():
             raise UsageError(f"{flag(name)} {path}: no such file")
+    teacher = settings.gkd_teacher
+    if settings.objective == "gkd" and teacher not in TEACHERS:
+        if not Path(teacher).is_dir():
+            raise UsageError(
+                f"--gkd-teacher {teacher}: expected {', '.join(TEACHERS)} or the directory of a PEFT adapter or "
+                "checkpoint, and there is no such directory"
+            )
+        if outputs.would_remove(out, Path(teacher)):
+            raise UsageError(f"--out {out}: --gkd-teacher {teacher} would be replaced; name another directory")
     if settings.save is not None and Path(settings.save).exists() and not Path(settings.save).is_dir():
         raise UsageError(f"--save {settings.save}: is a file, expected a directory")
     if settings.use_wandb and importlib.util.find_spec("wandb") is None:
@@ -114,17 +125,25 @@ def _check_task(settings: Settings, base: HFBase, progress: Callable[[str], None
     if settings.custom_rm_path is not None:
         load_function(settings.custom_rm_path)
     prompts, evals = train_prompts(settings), eval_prompts(settings)
+    validations = to_look_at(validation_prompts(settings))
     if is_builtin(settings):
         return
     encoder = Encoder.read(
         base.path, apply_chat_template=settings.apply_chat_template, max_positions=base.max_positions
     )
     looked_at, room = to_look_at(prompts), settings.rollout_max_response_len
-    if objective_class(settings.objective).rollouts:
-        encoder.prompts([prompt.prompt for prompt in looked_at], room=room)
-    else:
-        end = 0  # whichever it is, it is one
-        encoder.pairs([prompt.prompt for prompt in looked_at], [prompt.response for prompt in looked_at], end)
+    objective = make_objective(settings.objective, settings)
+    end = 0  # whichever it is, it is one
+    shown = [(looked_at, [prompt.prompt for prompt in looked_at])]
+    if objective.teacher_prompt_template is not None:
+        shown.append((looked_at, teacher_prompts(objective.teacher_prompt_template, looked_at)))
+    for of, texts in shown:
+        if objective.rollouts:
+            encoder.prompts(texts, room=room)
+        if objective.given:
+            encoder.pairs(texts, [prompt.response for prompt in of], end)
+    if validations:
+        encoder.pairs([prompt.prompt for prompt in validations], [prompt.response for prompt in validations], end)
     if evals:
         encoder.prompts([prompt.prompt for prompt in to_look_at(evals)], room=room)
     if encoder.template_unused and any(isinstance(prompt.prompt, str) for prompt in prompts):
@@ -143,9 +162,15 @@ def is_builtin(settings: Settings) -> bool:
 
 def train_prompts(settings: Settings) -> list[Prompt]:
     """Raises ValueError naming the line that is wrong."""
-    responses = not objective_class(settings.objective).rollouts
+    responses = objective_class(settings.objective).given
     response = (settings.response_key or settings.label_key) if responses else None
     return read_prompts(settings.prompt_data, _keys(settings, response))
+
+
+def teacher_prompts(template: str, prompts: Sequence[Prompt]) -> list[str | list]:
+    """What the teacher is shown for each."""
+    teacher = TeacherPrompt(template)
+    return [teacher.of(prompt.prompt, prompt.label, prompt.metadata) for prompt in prompts]
 
 
 def eval_prompts(settings: Settings) -> list[Prompt]:
@@ -158,6 +183,15 @@ def eval_prompts(settings: Settings) -> list[Prompt]:
     rows = recall_prompts(2 * _EVAL_PROMPTS, _EVAL_SEED)
     unseen = [Prompt(row["input"], row["label"]) for row in rows if row["input"] not in seen]
     return unseen[:_EVAL_PROMPTS]
+
+
+def validation_prompts(settings: Settings) -> list[Prompt]:
+    """Prompts and responses to validate on; none, unless they are given, or asked for on the built-in task."""
+    if settings.val_data is not None:
+        return read_prompts(settings.val_data, _keys(settings, settings.response_key or settings.label_key))
+    if settings.val_interval is None or not is_builtin(settings):
+        return []
+    return [dataclasses.replace(prompt, response=prompt.label or "") for prompt in eval_prompts(settings)]
 
 
 def _keys(settings: Settings, response: str | None) -> Keys:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,19 @@ class Rollout:
         self.load_adapter(adapter_dir)  # before seeding: making a PEFT model draws initial values
         torch.manual_seed(self.settings.seed * 1_000_003 + step)
         return self._in_turns(prompts, self.sampling, self.settings.n_samples_per_prompt)
+
+    def draw(self, adapter_dir: str | None, prompts: list[str | list], copies: int) -> list[Sample]:
+        """``copies`` samples of every prompt, under the base alone without an adapter; every call draws alike."""
+        if adapter_dir is not None:
+            self.load_adapter(adapter_dir)
+        torch.manual_seed(self.settings.seed)
+        off = self.model.disable_adapter() if adapter_dir is None else contextlib.nullcontext()
+        with off:
+            return self._in_turns(prompts, self.sampling, copies)
+
+    def encode(self, prompts: list[str | list]) -> list[list[int]]:
+        """Token ids of prompts that nothing is sampled after here."""
+        return self.encoder.prompts(prompts, room=0)
 
     def answer(self, adapter_dir: str, prompts: list[str | list]) -> list[Sample]:
         """The likeliest token at every place, once for every prompt."""

@@ -14,9 +14,10 @@ from slime_plugins.lora.objectives.batch import Batch
 from slime_plugins.lora.objectives.objective import Objective
 from slime_plugins.lora.rehearsal import final, outputs
 from slime_plugins.lora.rehearsal.cluster import Cluster, ray_cluster
+from slime_plugins.lora.rehearsal.control import control_of, stopped
 from slime_plugins.lora.rehearsal.devices import resolve_device
 from slime_plugins.lora.rehearsal.display import Display
-from slime_plugins.lora.rehearsal.preflight import eval_prompts, train_prompts
+from slime_plugins.lora.rehearsal.preflight import eval_prompts, train_prompts, validation_prompts
 from slime_plugins.lora.rehearsal.rewards import Rewarder
 from slime_plugins.lora.rehearsal.samples import Source
 from slime_plugins.lora.rehearsal.settings import Settings
@@ -35,6 +36,9 @@ def rehearse(settings: Settings, *, debug: bool = False) -> dict:
         KeyboardInterrupt: with the command that goes on with the run, if it has saved something.
     """
     display = Display()
+    if why := stopped(settings):
+        display.line(why)
+        return {}
     out, adapter_dir = Path(settings.out), Path(settings.out) / outputs.ADAPTER
     device, objective = resolve_device(settings), make_objective(settings.objective, settings)
     if outputs.claim(out):
@@ -78,7 +82,12 @@ def train(source: Source) -> tuple[dict, Batch]:
     first = _start(cluster, settings)
     held_out, batches = eval_prompts(settings), _prompts_by_step(settings, first)
     cluster.ranks("export", str(source.adapter_dir))
+    if _has_teacher(source.objective):
+        cluster.ranks("take_teacher", settings.gkd_teacher, settings.gkd_ema_decay)
     before = _evaluate_first(source, held_out, first)
+    validations, control = validation_prompts(settings), control_of(source, first)
+    if control:
+        control.begin()
     with source.display.steps(settings.steps, first):
         for step in range(first, settings.steps):
             start = time.monotonic()
@@ -90,11 +99,23 @@ def train(source: Source) -> tuple[dict, Batch]:
             metrics = {"step": step + 1, **sampled, **trained, **speed}
             if held_out and _is_due(settings, step + 1, settings.eval_interval):
                 metrics["eval_reward"] = source.held_out_reward(held_out, step + 1)
+            if validations and _is_due(settings, step + 1, settings.val_interval):
+                metrics["val_loss"] = source.validation_loss(validations)
+            if control:
+                metrics["lr"] = control.history.state.lr
             recorder.step(metrics)
             source.display.step(metrics, recorder)
-            if settings.save is not None and _is_due(settings, step + 1, settings.save_interval):
+            if control:
+                control.after(step + 1, metrics)
+            stop = control is not None and control.history.state.stopped is not None
+            if settings.save is not None and (stop or _is_due(settings, step + 1, settings.save_interval)):
                 cluster.ranks("save", settings.save, step + 1)
-    return _results(source, first, before), batch
+            if stop:
+                break
+    results = {**_results(source, first, before), **(control.end() if control else {})}
+    if held_out and _has_teacher(source.objective):
+        results |= _against_teacher(source, held_out)
+    return results, batch
 
 
 def _start(cluster: Cluster, settings: Settings) -> int:
@@ -121,6 +142,23 @@ def _evaluate_first(source: Source, held_out: list[Prompt], first: int) -> dict[
     return {"eval_reward_first": reward}
 
 
+def _has_teacher(objective: Objective) -> bool:
+    return any(computed.model == "teacher" for computed in objective.computed.values())
+
+
+def _against_teacher(source: Source, held_out: list[Prompt]) -> dict[str, float]:
+    """Expected rewards on held-out prompts: of the teacher, shown what it is shown, of student and base."""
+    teacher_dir = None
+    if source.settings.gkd_teacher != "base":
+        teacher_dir = Path(source.settings.out) / outputs.TEACHER
+        source.cluster.ranks("export_teacher", str(teacher_dir))
+    return {
+        "teacher_reward": source.expected_reward(held_out, teacher_dir, as_teacher=True),
+        "student_reward": source.expected_reward(held_out, source.adapter_dir),
+        "base_reward": source.expected_reward(held_out, None),
+    }
+
+
 def _is_due(settings: Settings, done: int, interval: int | None) -> bool:
     """After the last step, and every ``interval`` before."""
     return done == settings.steps or (interval is not None and done % interval == 0)
@@ -141,17 +179,18 @@ def train_on(cluster: Cluster, batch: Batch, objective: Objective) -> dict[str, 
 
 def _results(source: Source, first: int, before: dict[str, float]) -> dict:
     """Metrics of this run's own steps, a resumed one's too."""
-    recorder, results = source.recorder, {}
+    recorder, results = source.recorder, dict[str, float]()
     for name in ("reward", "loss"):
-        if name in recorder.steps[0]:
-            results[f"{name}_first"] = recorder.steps[0][name]
-            results[f"{name}_last"] = recorder.steps[-1][name]
-            results[f"{name}_window"] = recorder.mean(name)
+        values = [step[name] for step in recorder.steps if name in step]
+        if values:
+            results |= {f"{name}_first": values[0], f"{name}_last": values[-1], f"{name}_window": recorder.mean(name)}
+    if "on_policy" in recorder.steps[0]:
+        results["on_policy_share"] = sum(step["on_policy"] for step in recorder.steps) / len(recorder.steps)
     if "eval_reward" in recorder.steps[-1]:
         results |= {**before, "eval_reward_last": recorder.steps[-1]["eval_reward"]}
-    if source.objective.rollouts:
+    if source.objective.rewarded:
         results["steps_without_signal"] = source.flat_steps
-    return {**results, "steps": len(recorder.steps), "first_step": first + 1, "last_step": source.settings.steps}
+    return {**results, "steps": len(recorder.steps), "first_step": first + 1, "last_step": recorder.steps[-1]["step"]}
 
 
 def _how_to_go_on(settings: Settings) -> str:

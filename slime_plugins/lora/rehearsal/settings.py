@@ -9,14 +9,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from slime_plugins.lora.arguments import base_args, lora_args
+from slime_plugins.lora.arguments import base_args, check_lora_plus, lora_args
 from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.config import LoRAConfig
+from slime_plugins.lora.control.arguments import plateau_of
+from slime_plugins.lora.control.plateau import EVAL, VAL_LOSS, Plateau
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.objectives import OBJECTIVES, objective_class, option_names
+from slime_plugins.lora.objectives import OBJECTIVES, make_objective, objective_class, option_names
 
 MICRO_BATCH_TOKENS = 4096
 """Tokens, padding included, that one forward pass may hold unless ``--micro-batch-size`` says otherwise."""
+
+EVAL_REWARD = f"{EVAL}reward"
+"""Name of the reward on held-out prompts among the metrics that a plateau can be of."""
 
 MAX_COUNT = 1_000_000_000
 """Of anything; more is a slip of the finger."""
@@ -25,16 +30,23 @@ MAX_PROCESSES = 64
 
 _COUNTS = (
     *("tp", "pp", "dp", "vpp", "steps", "rollout_batch_size", "n_samples_per_prompt", "rollout_max_response_len"),
-    *("num_steps_per_rollout", "micro_batch_size", "save_interval", "eval_interval"),
+    *("num_steps_per_rollout", "micro_batch_size", "save_interval", "eval_interval", "val_interval", "gkd_chunk_size"),
 )
 
 _BUILTIN = {"steps": 70, "rollout_batch_size": 32, "rollout_max_response_len": 4, "lr": 5e-3}
 _OWN = {"steps": 20, "rollout_batch_size": 8, "rollout_max_response_len": 128, "lr": 1e-4}
+_GKD = {"n_samples_per_prompt": 1, "num_steps_per_rollout": 1}
+BUILTIN_TEACHER = "{label} {label} {label} {label} {label} {prompt}"
+"""Before the prompt of the built-in task: what the digits shown are likely to be answered with, the right one most."""
 DEFAULTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grpo": ({**_BUILTIN, "n_samples_per_prompt": 16}, {**_OWN, "n_samples_per_prompt": 8}),
     "sft": (
         {**_BUILTIN, "rollout_batch_size": 128, "n_samples_per_prompt": 1, "num_steps_per_rollout": 1},
         {**_OWN, "rollout_batch_size": 16, "n_samples_per_prompt": 1, "num_steps_per_rollout": 1},
+    ),
+    "gkd": (
+        {**_BUILTIN, **_GKD, "steps": 200, "rollout_batch_size": 128, "gkd_teacher_prompt_template": BUILTIN_TEACHER},
+        {**_OWN, **_GKD, "rollout_batch_size": 16},
     ),
 }
 """Objective -> what differs from the fields' own defaults for the built-in base and task, and for one's own.
@@ -97,10 +109,42 @@ class Settings:
     """Samples per forward pass; None takes what fits in ``MICRO_BATCH_TOKENS``."""
     lr: float = 5e-3
     """Constant. For adapters, so some 10 times that of full training."""
+    lora_plus_ratio: float = 1.0
+    """LoRA+: B's learning rate over A's, which is ``lr``."""
     weight_decay: float = 0.0
     clip_grad: float = 1.0
     eps_clip: float = 0.2
     kl_loss_coef: float = 0.01
+    val_data: str | None = None
+    """jsonl of prompts and responses, to compute ``val_loss`` on, with an objective of given responses."""
+    val_interval: int | None = None
+    """Steps between validations; one comes after the last step too."""
+    lr_plateau_metric: str | None = None
+    """``val_loss`` or ``eval/reward``; with it, ``control.plateau`` decides."""
+    greater_is_better: bool | None = None
+    lr_plateau_factor: float = Plateau.factor
+    lr_plateau_patience: int = Plateau.patience
+    lr_plateau_threshold: float = Plateau.threshold
+    lr_plateau_threshold_mode: str = Plateau.threshold_mode
+    lr_plateau_cooldown: int = Plateau.cooldown
+    stop_min_lr: float | None = None
+    stop_metric: float | None = None
+    gkd_beta: float = 0.5
+    """0: KL(teacher || student); 1: KL(student || teacher); between, the generalised Jensen-Shannon divergence."""
+    gkd_lmbda: float = 0.5
+    """Share of steps on the student's own samples; the others take given responses."""
+    gkd_temperature: float = 1.0
+    """Of both policies in the divergence; of sampling it is ``rollout_temperature``."""
+    sft_alpha: float = 0.0
+    """Weight of the cross-entropy on given responses beside the divergence."""
+    gkd_teacher: str = "base"
+    """``base``, ``ema``, or a directory of an adapter."""
+    gkd_ema_decay: float | None = None
+    """Of ``gkd_teacher`` ``ema``, per optimizer step; None takes 0.99."""
+    gkd_teacher_prompt_template: str | None = None
+    """What the teacher is shown: ``objectives.teacher_prompt``; None for the student's prompt."""
+    gkd_chunk_size: int = 512
+    """Tokens whose logits the divergence looks at at a time."""
     seed: int = 1234
     out: str = "runs/rehearsal"
     show_samples: int = 0
@@ -131,6 +175,11 @@ class Settings:
         return not self.hf_checkpoint
 
     @property
+    def plateau(self) -> Plateau | None:
+        """The rule, if there is one. Raises UsageError for flags that make none."""
+        return plateau_of(self)
+
+    @property
     def world_size(self) -> int:
         return self.tp * self.pp * self.dp
 
@@ -148,10 +197,11 @@ class Settings:
         if (not self.hf_checkpoint) != (not self.prompt_data):
             raise UsageError("--hf-checkpoint and --prompt-data go together; without both, the built-in ones are used")
         self._check_numbers()
-        rollouts = objective_class(self.objective).rollouts
-        if rollouts and self.n_samples_per_prompt < 2:
+        check_lora_plus(self.lora_plus_ratio)
+        cls = objective_class(self.objective)
+        if cls.rewarded and self.n_samples_per_prompt < 2:
             raise UsageError("--n-samples-per-prompt 1: GRPO compares the samples of one prompt, expected at least 2")
-        if not rollouts and self.n_samples_per_prompt != 1:
+        if not cls.rollouts and self.n_samples_per_prompt != 1:
             raise UsageError(
                 f"--n-samples-per-prompt {self.n_samples_per_prompt}: --objective {self.objective} trains on the one "
                 "response that is given to each prompt, expected 1"
@@ -166,7 +216,32 @@ class Settings:
         given = [flag(name) for name, value in _wandb(self) if value is not None]
         if given and not self.use_wandb:
             raise UsageError(f"{', '.join(given)} without --use-wandb; add --use-wandb, or drop them")
+        self._check_validation(cls.rollouts)
+        make_objective(self.objective, self).check(
+            copies=self.n_samples_per_prompt, start=self.load or self.lora_adapter_path, resumed=self.load is not None
+        )
         self._check_parallel()
+
+    def _check_validation(self, rollouts: bool) -> None:
+        """Is what a plateau goes by measured, and more than once?"""
+        plateau = self.plateau
+        if rollouts and (self.val_data or self.val_interval):
+            raise UsageError(
+                f"--val-data and --val-interval: the loss of given responses is not computed by --objective "
+                f"{self.objective}; evaluate rewards (--eval-data, --eval-interval, --lr-plateau-metric {EVAL_REWARD})"
+            )
+        if self.val_data and not self.val_interval:
+            raise UsageError("--val-data without --val-interval: how many steps lie between two validations?")
+        if self.val_interval and not self.val_data and not self.builtin:
+            raise UsageError("--val-interval without --val-data: there is nothing to validate on; add it")
+        if plateau is None:
+            return
+        if plateau.metric not in (VAL_LOSS, EVAL_REWARD):
+            raise UsageError(f"--lr-plateau-metric {plateau.metric}: a rehearsal has {VAL_LOSS} and {EVAL_REWARD}")
+        interval, data = ("val_interval", "val_data") if plateau.metric == VAL_LOSS else ("eval_interval", "eval_data")
+        if getattr(self, interval) is None:
+            needed = flag(interval) if self.builtin else f"{flag(data)} and {flag(interval)}"
+            raise UsageError(f"--lr-plateau-metric {plateau.metric} needs {needed}: it is not measured on the way")
 
     def _check_numbers(self) -> None:
         for name in _COUNTS:
@@ -176,10 +251,10 @@ class Settings:
         for name, most in (("seed", 2**32 - 1), ("show_samples", MAX_COUNT)):
             if not 0 <= getattr(self, name) <= most:
                 raise UsageError(f"{flag(name)} {getattr(self, name)}: expected a whole number from 0 to {most:,}")
-        for name in ("lr", "rollout_temperature", "eps_clip"):
+        for name in ("lr", "rollout_temperature", "eps_clip", "gkd_temperature"):
             if not 0 < getattr(self, name) <= MAX_COUNT:
                 raise UsageError(f"{flag(name)} {getattr(self, name)}: expected a number above 0, to {MAX_COUNT:,}")
-        for name in ("kl_loss_coef", "weight_decay", "clip_grad"):
+        for name in ("kl_loss_coef", "weight_decay", "clip_grad", "sft_alpha"):
             if not 0 <= getattr(self, name) <= MAX_COUNT:
                 raise UsageError(f"{flag(name)} {getattr(self, name)}: expected a number from 0 to {MAX_COUNT:,}")
 
@@ -265,13 +340,12 @@ def refuse_unread(objective: str, given: Mapping[str, Any]) -> None:
         for option in option_names(objective_class(name)):
             if option in given and option not in option_names(own):
                 raise UsageError(f"{flag(option)} is read by --objective {name}, not by {objective}; drop it")
-    if own.rollouts:
-        unread = "response_key"
-        why = "it trains on what it samples"
-    else:
-        unread, why = "show_samples", "its responses are given"
-    if unread in given:
-        raise UsageError(f"{flag(unread)} is not read by --objective {objective}: {why}; drop it")
+    for reads, unread, why in (
+        (own.given, "response_key", "it trains on what it samples"),
+        (own.rollouts, "show_samples", "its responses are given"),
+    ):
+        if not reads and unread in given:
+            raise UsageError(f"{flag(unread)} is not read by --objective {objective}: {why}; drop it")
 
 
 def flag(name: str) -> str:

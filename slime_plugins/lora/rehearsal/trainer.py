@@ -13,18 +13,23 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from slime_plugins.lora.control.rates import scale_rates, with_lora_plus
 from slime_plugins.lora.objectives import make_objective
 from slime_plugins.lora.objectives.batch import Batch
 from slime_plugins.lora.objectives.objective import Computed, ModelOutput
+from slime_plugins.lora.objectives.teacher import Teacher
 from slime_plugins.lora.rehearsal import cpu
 from slime_plugins.lora.rehearsal.settings import Settings
 
 
 class RankTrainer:
-    """The policy on one rank. The reference policy is the same model with its adapters off."""
+    """The policy on one rank. Reference policy and teacher are the same model: adapters off, or other values."""
+
+    teacher: Teacher | None = None
 
     def setup(self, settings: Settings, rank: int, store: str, num_threads: int) -> None:
         """Start the process group and build the model; returns when all ranks have.
@@ -75,7 +80,7 @@ class RankTrainer:
             DistributedDataParallel(self.config, ddp_config, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(self.chunks)
         ]
-        self.optimizer = get_megatron_optimizer(
+        self.optimizer = with_lora_plus(get_megatron_optimizer, settings.lora_plus_ratio)(
             OptimizerConfig(
                 optimizer="adam",
                 lr=settings.lr,
@@ -126,6 +131,25 @@ class RankTrainer:
             metrics["sampled_log_probs"] = parts[0].fields[objective.sampled_log_probs][:8].cpu()
         return metrics
 
+    def validate(self, batch: Batch) -> tuple[float, float] | None:
+        """Sum of -log p over this rank's response tokens, and their number; None but on the last pipeline stage.
+
+        ``batch``: the samples of all data-parallel ranks, as many as one optimizer step has.
+        """
+
+        def keep(output: ModelOutput, micro: Batch):
+            nll = -(output.log_probs * micro.mask).sum(dtype=torch.float64)
+            return output.logits.new_zeros(()), {"nll": nll, "tokens": micro.mask.sum(dtype=torch.float64)}
+
+        outputs = self._run(batch[self._my_rows(len(batch))], keep, forward_only=True)
+        if not outputs:
+            return None
+        return sum(output["nll"].item() for output in outputs), sum(output["tokens"].item() for output in outputs)
+
+    def scale_rates(self, factor: float) -> None:
+        """Train with ``factor`` times the learning rate of the start from now on."""
+        scale_rates(self.optimizer, factor)
+
     def export(self, out_dir: str) -> None:
         """Write the adapters as a PEFT directory."""
         from slime_plugins.lora import export_peft
@@ -159,6 +183,16 @@ class RankTrainer:
         else:
             load_adapter(self.model, path, optimizer=self.optimizer, fresh_optimizer=True, restore_rng=False)
 
+    def take_teacher(self, kind: str, ema_decay: float | None) -> None:
+        """Make a teacher, once the adapters are what the run starts from. Arguments as ``Teacher`` has them."""
+        self.teacher = Teacher(self.chunks, kind, ema_decay)
+
+    def export_teacher(self, out_dir: str) -> None:
+        """Write the teacher's adapters as a PEFT directory."""
+        assert self.teacher is not None
+        with self.teacher.active():
+            self.export(out_dir)
+
     def logits(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """float32 [N, S, vocab] on the last stage; ``S`` a multiple of TP, ``N`` of PP where there is VPP."""
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -182,24 +216,53 @@ class RankTrainer:
 
     def _computed(self, batch: Batch) -> Batch:
         """With the fields that the objective wants computed; on the last stage, where the loss is."""
-        from slime_plugins.lora import adapters_disabled
-
         fields = {}
         for name, computed in self.objective.computed.items():
-            with contextlib.nullcontext() if computed.adapters else adapters_disabled(self.chunks):
-                values = self._evaluate(batch, computed)
+            with self._model_as(computed.model):
+                values = self._evaluate(computed.sees(batch), computed)
             if values is not None:
                 fields[name] = values
         return batch.having(**fields)
 
+    def _model_as(self, which: str) -> contextlib.AbstractContextManager:
+        from slime_plugins.lora import adapters_disabled
+
+        if which == "teacher":
+            assert self.teacher is not None
+            return self.teacher.active()
+        return adapters_disabled(self.chunks) if which == "base" else contextlib.nullcontext()
+
     def _evaluate(self, batch: Batch, computed: Computed) -> torch.Tensor | None:
         """[N, ...] on the last stage."""
 
-        def keep(output: ModelOutput, micro: Batch):
-            return output.logits.new_zeros(()), {"values": computed.of(output, micro)}
+        def keep(output: Any, micro: Batch):
+            values = computed.of(output, micro)
+            return values.new_zeros(()), {"values": values}
 
-        outputs = self._run(batch, keep, forward_only=True)
+        with self._without_head() if computed.hidden else contextlib.nullcontext():
+            outputs = self._run(batch, keep, forward_only=True, hidden=computed.hidden)
         return torch.cat([output["values"] for output in outputs]) if outputs else None
+
+    @contextlib.contextmanager
+    def _without_head(self) -> Iterator[None]:
+        """Inside, the model gives its final hidden states [N, S (/T under SP), H] in place of logits."""
+        layer = getattr(self.chunks[-1], "output_layer", None)
+        if layer is None or not self.is_last_stage:
+            yield
+            return
+        layer.forward = lambda hidden, *args, **options: (hidden, None)
+        try:
+            yield
+        finally:
+            del layer.forward
+
+    def _whole_sequence(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, S, H] of what ``_without_head`` makes the model give."""
+        from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+        if not self.config.sequence_parallel:
+            return hidden
+        return gather_from_sequence_parallel_region(hidden.transpose(0, 1).contiguous()).transpose(0, 1)
 
     def _optimizer_step(self, batch: Batch) -> dict[str, float]:
         for chunk in self.model:
@@ -207,6 +270,8 @@ class RankTrainer:
         self.optimizer.zero_grad()
         outputs = self._run(batch, self.objective.loss, forward_only=False)
         _, grad_norm, _ = self.optimizer.step()
+        if self.teacher is not None:
+            self.teacher.follow()
         if not outputs:
             return {}
         means = {name: sum(output[name].item() for output in outputs) / len(outputs) for name in outputs[0]}
@@ -221,7 +286,14 @@ class RankTrainer:
             vocab_size=self.vocab_size,
             token_log_probs=lambda: self._token_log_probs(logits, micro.tokens),
             tp_group=mpu.get_tensor_model_parallel_group(),
+            head=self._head(),
         )
+
+    def _head(self) -> torch.Tensor:
+        """This rank's rows of the output layer's weight, on the last stage."""
+        last = self.chunks[-1]
+        tied = last.share_embeddings_and_output_weights
+        return (last.shared_embedding_or_output_weight() if tied else last.output_layer.weight).detach()
 
     def _token_log_probs(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Log-prob of token t at position t, float32 [N, S], from this rank's shard of logits [N, S, V/T]."""
@@ -236,9 +308,17 @@ class RankTrainer:
         return torch.nn.functional.pad(-losses, (1, 0))
 
     def _run(
-        self, batch: Batch, consume: Callable, *, forward_only: bool, num_microbatches: int | None = None
+        self,
+        batch: Batch,
+        consume: Callable,
+        *,
+        forward_only: bool,
+        num_microbatches: int | None = None,
+        hidden: bool = False,
     ) -> list[dict]:
         """Megatron's schedule over a batch; ``consume(output, micro)`` gives a loss and a dict.
+
+        ``hidden``: inside ``_without_head``; the output is hidden states [N, S, H].
 
         Returns the dicts, on the last stage.
         """
@@ -251,8 +331,10 @@ class RankTrainer:
 
         def forward_step(iterator: Iterator[Batch], chunk):
             micro = next(iterator)
-            logits = chunk(micro.tokens, positions.expand_as(micro.tokens), None)
-            return logits, lambda logits: consume(self._output(micro, logits), micro)
+            output = chunk(micro.tokens, positions.expand_as(micro.tokens), None)
+            if hidden:
+                return output, lambda output: consume(self._whole_sequence(output), micro)
+            return output, lambda logits: consume(self._output(micro, logits), micro)
 
         for chunk in self.model:
             chunk.train(not forward_only)

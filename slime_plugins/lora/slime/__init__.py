@@ -27,6 +27,8 @@ _HOOKS = {
     "request_fields": "requests",
     "use_lora_adapter": "requests",
     "measuring": "metrics",
+    "optimizing": "launch",
+    "teacher_prompts": "distillation",
 }
 
 __all__ = list(_HOOKS)

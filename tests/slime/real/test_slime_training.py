@@ -9,9 +9,9 @@ The harness's model: 4 layers, hidden 64, bf16, tied embeddings; rewards come fr
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
+from peft_merged import merge_and_unload
 from runs import LORA, Run, rollout_requests
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
@@ -77,27 +77,6 @@ def test_resume_experts_at_another_split(run):
     check_learning(straight, 4)
     resumed = run(*words, "--tp", "2", "--resume", extra=f"{LORA} --ckpt-step 1", of=straight)
     check_going_on(resumed, straight)
-
-
-def merge_and_unload(base: Path, adapter: Path) -> dict:
-    """Weights of transformers + PEFT, merged in float32, rounded once, under the names of the base's files."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    weights = {}
-    for name, tensor in merged.state_dict().items():
-        experts, _, leaf = name.rpartition(".experts.")
-        if not experts:
-            weights[name] = tensor.to(torch.bfloat16)
-            continue
-        leaves = ["gate_proj", "up_proj"] if leaf == "gate_up_proj" else [leaf]
-        for i, expert in enumerate(tensor):
-            for half, piece in zip(leaves, expert.chunk(len(leaves))):
-                weights[f"{experts}.experts.{i}.{half}.weight"] = piece.to(torch.bfloat16)
-    return weights
 
 
 @pytest.mark.parametrize(
@@ -266,6 +245,35 @@ def test_the_base_as_teacher(run, straight):
     check_learning(taught, 2)
     assert taught.of("grad_norm")[0] == straight.of("grad_norm")[0]
     assert taught.of("grad_norm")[1] != straight.of("grad_norm")[1]
+
+
+def test_rl_from_an_adapter(run, straight):
+    """The start is the reference: KL 0 at step 0, then more; resumed at another size; without the flag it is the base.
+
+    The start is the straight run's adapter after four steps, as PEFT has it.
+    """
+    extra = f"{LORA} --lora-adapter-path {straight.work / 'hf_3'} --lora-ref start"
+    words = ("--steps", "3", "--save-interval", "2")
+    started = run(*words, extra=extra)
+    kl = started.of("kl_loss")
+    assert kl[0] == 0.0 and all(value > 0 for value in kl[1:]), kl
+    copies = started.probes[-1]["copies"]
+    assert set(copies) == {"actor", "ref"} and copies["ref"] == copies["actor"]
+    assert "the reference policy is the adapter that training started from" in started.log
+    resumed = run(*words, "--tp", "2", "--resume", extra=f"{extra} --ckpt-step 1", of=started)
+    assert resumed.of("kl_loss") == pytest.approx(kl[2:], rel=0.03), "bf16 sums in another order"
+
+
+def test_lora_plus(run):
+    """B's rate over A's in every step, through slime's own scheduler, its checkpoint and a resume."""
+    words = ("--steps", "3", "--save-interval", "2")
+    extra = f"{LORA} --lora-plus-ratio 8 --lr-decay-style linear"
+    straight = run(*words, extra=extra)
+    check_learning(straight, 3)
+    A, B = straight.of("lr-pg_0"), straight.of("lr-pg_1")
+    assert len(set(A)) == 3 and [8 * rate for rate in A] == pytest.approx(B)
+    resumed = run(*words, "--resume", extra=f"{extra} --ckpt-step 1", of=straight)
+    assert resumed.steps == straight.steps[2:]
 
 
 def test_sft(run):

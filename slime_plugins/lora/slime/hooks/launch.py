@@ -13,6 +13,7 @@ from slime_plugins.lora.arguments import add_lora_arguments, validate_lora_args
 from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.slime.hooks import distillation
 from slime_plugins.lora.slime.hooks.paths import TRACKER, adapter_step_dir, step_dir
 from slime_plugins.lora.slime.hooks.refusals import Launch, refused
 from slime_plugins.lora.slime.hooks.serving import serve_adapters
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 SLIME_FLAGS = (
     "lora_sync", "lora_sync_dir", "lora_sync_lag", "lora_sync_timeout", "lora_adapter_path", "lora_export_dir",
-    "lora_critic", "lora_save_merged",
+    "lora_critic", "lora_save_merged", "lora_ref",
 )  # fmt: skip
 
 
@@ -37,6 +38,7 @@ def flags(get_provider):
             parser = add_slime_arguments(parser)
             add_lora_arguments(parser)
             _add_slime_only(parser)
+            distillation.add_flags(parser)
             return parser
 
         return add_arguments
@@ -86,6 +88,13 @@ def _add_slime_only(parser: ArgumentParser) -> None:
         metavar="DIR",
         help="start from this adapter: a PEFT directory or a checkpoint of adapters (a --load that resumes wins)",
     )
+    add(
+        "--lora-ref",
+        choices=("base", "start"),
+        default=None,
+        help="reference policy of a run with --lora-adapter-path: the base (default), or start, that adapter, kept in "
+        "--save/reference",
+    )
     add("--lora-export-dir", default=None, metavar="DIR", help="write a PEFT adapter below it with every checkpoint")
     add("--lora-critic", action="store_true", help="adapters and value head on the critic too (else it trains whole)")
     add("--optim", default=None, help=SUPPRESS)  # of QLoRA scripts; see ``refusals``
@@ -113,6 +122,7 @@ def validate_in_slime(args: Namespace) -> None:
     """
     validate_lora_args(args)
     if not args.use_lora:
+        distillation.refuse_unread(args)
         defaults = ArgumentParser()
         _add_slime_only(defaults)
         given = [n for n in SLIME_FLAGS if getattr(args, n, None) != defaults.get_default(n) and hasattr(args, n)]
@@ -122,6 +132,7 @@ def validate_in_slime(args: Namespace) -> None:
         return
     _refuse(args)
     _warn_of_quantised_rollouts(args)
+    distillation.set_up(args)
     if args.load is not None and (Path(args.load) / TRACKER).is_file() and step_dir(args.load, args.ckpt_step) is None:
         raise UsageError(f"--load {args.load} has no checkpoint of step {args.ckpt_step or 'its tracker'}")
     if args.load is not None and adapter_step_dir(args.load, args.ckpt_step) is None:
@@ -185,6 +196,23 @@ def _packing_if(quant: BaseQuant | None) -> contextlib.AbstractContextManager:
     from slime_plugins.lora.packing import packing
 
     return packing()
+
+
+def optimizing(get_megatron_optimizer):
+    """Hook: LoRA+, in the optimizer of a model that has adapters."""
+
+    @functools.wraps(get_megatron_optimizer)
+    def hooked(config, model_chunks, *more, **kwargs):
+        from megatron.training.global_vars import get_args
+
+        from slime_plugins.lora.adapters import has_adapters
+        from slime_plugins.lora.control.rates import with_lora_plus
+
+        args = get_args()
+        ratio = args.lora_plus_ratio if getattr(args, "use_lora", False) and has_adapters(model_chunks) else 1.0
+        return with_lora_plus(get_megatron_optimizer, ratio)(config, model_chunks, *more, **kwargs)
+
+    return hooked
 
 
 def wants_adapters(args: Namespace, role: str) -> bool:

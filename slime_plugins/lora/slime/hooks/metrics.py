@@ -21,6 +21,7 @@ import torch.distributed as dist
 from slime_plugins.lora.adapters import has_adapters, iter_adapters, state_of
 from slime_plugins.lora.layers import LoRALinear
 from slime_plugins.lora.quantize import base_quant_of
+from slime_plugins.lora.slime.hooks import gkd
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ def measuring(train_one_step):
         losses, *rest = train_one_step(*args, **kwargs)
         model = signature.bind(*args, **kwargs).arguments["model"]
         if has_adapters(model):
+            gkd.after_step(model)
             measured = measure(model)
             _warn_of_another_base(model, losses)
             if losses:  # the last pipeline stage's; the others have none to log

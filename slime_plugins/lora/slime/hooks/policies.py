@@ -4,6 +4,7 @@ slime keeps a copy of every weight in host memory per tag ("actor", "ref", "teac
 swaps whole models. On a frozen base a policy is at most an adapter:
 
     ref, teacher from the base     the adapters switched off: no copy, no swap
+    ref with --lora-ref start      a copy of the adapters that training started from
     actor, old_actor, ...          a copy of the adapters
     ref after --ref-update-interval    a copy of the adapters as they were then
     ref, teacher from other weights    a full copy of those and of the base, said aloud
@@ -22,16 +23,22 @@ from slime_plugins.lora.adapters import adapters_disabled, base_parameters, has_
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.layers import Carrier
 from slime_plugins.lora.quantize import base_quant_of
+from slime_plugins.lora.slime.hooks import gkd
 from slime_plugins.lora.slime.hooks.base_check import same_base
 from slime_plugins.lora.slime.hooks.checkpoints import another_policy
 from slime_plugins.lora.slime.hooks.merged_sync import MergedWeights
+from slime_plugins.lora.slime.hooks.reference import use_reference
 
 logger = logging.getLogger(__name__)
 
 
 def weights_backuper(actor, backuper):
     """Hook: the actor's store of weights. slime's own for a model without adapters."""
-    return Policies(actor.args, actor.model) if has_adapters(actor.model) else backuper
+    if not has_adapters(actor.model):
+        return backuper
+    if getattr(actor.args, "use_gkd", False):
+        gkd.begin(actor.args, actor.model)
+    return Policies(actor.args, actor.model)
 
 
 def other_policy(load_other_checkpoint):
@@ -47,9 +54,16 @@ def other_policy(load_other_checkpoint):
             return None
         step = {"ref": "ref_ckpt_step", "teacher": "opd_teacher_ckpt_step"}.get(model_tag)
         if same_base(path, getattr(self.args, step, None) if step else None, self.model):
+            if model_tag == "ref" and use_reference(store, self.args, self.model):
+                return None
             store.use_base(model_tag)
             _log("LoRA: %s is the base with the adapters off; no copy of it in host memory", model_tag)
             return None
+        if model_tag == "ref" and getattr(self.args, "lora_ref", None) == "start":
+            raise ValueError(
+                f"--lora-ref start: the reference is the adapter that training starts from, on the base that trains; "
+                f"--ref-load {path} is another place than that base was read from, give the same"
+            )
         if base_quant_of(self.model) is not None:
             raise UsageError(
                 f"--lora-base-quant nf4: the {model_tag} would come from {path}, not the base that trains, and a "

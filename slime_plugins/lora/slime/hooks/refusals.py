@@ -141,7 +141,7 @@ class Refusal:
 
 def refused(launch: Launch) -> list[Refusal]:
     """Every row that holds for this launch."""
-    rows = (*TRAINING, *ADAPTER_SYNC) if launch.adapter_sync else TRAINING
+    rows = [*TRAINING, *(ADAPTER_SYNC if launch.adapter_sync else ()), *(GKD if launch.given("use_gkd") else ())]
     return [row for row in rows if row.when(launch)]
 
 
@@ -287,6 +287,30 @@ TRAINING = (
         lambda launch: (launch.given("context_parallel_size") or 1) > 1 and _linear_attention(launch),
         "--context-parallel-size above 1 on a base with linear attention: slime's gather drops the gradients that "
         "cross chunks, and every adapter below such a layer trains on wrong ones; use --context-parallel-size 1",
+    ),
+    Refusal(
+        "LoRA+ and a warmup that does not start at 0",
+        lambda launch: (launch.given("lora_plus_ratio") or 1) != 1 and launch.given("lr_warmup_init"),
+        "--lora-plus-ratio with --lr-warmup-init: the warmup starts A and B at one rate, not at the ratio; drop "
+        "--lr-warmup-init",
+    ),
+    Refusal(
+        "reference without a start",
+        lambda launch: (
+            launch.given("lora_ref") == "start" and not launch.given("lora_adapter_path") and not _resumes(launch)
+        ),
+        "--lora-ref start without --lora-adapter-path: training starts from the base, which is the reference anyway; "
+        "give the adapter to start from, or drop --lora-ref",
+    ),
+    Refusal(
+        "reference without a KL",
+        lambda launch: launch.given("lora_ref") and not launch.given("use_kl_loss") and not launch.given("kl_coef"),
+        "--lora-ref says what the KL is measured from, and none is: add --use-kl-loss or --kl-coef, or drop it",
+    ),
+    Refusal(
+        "reference that moves",
+        lambda launch: launch.given("lora_ref") == "start" and launch.given("ref_update_interval"),
+        "--lora-ref start keeps the reference at the start, --ref-update-interval moves it; drop one of them",
     ),
     Refusal(
         "deepgemm",
@@ -474,6 +498,88 @@ ADAPTER_SYNC = (
     ),
 )
 """Of ``--lora-sync adapter``: what SGLang would refuse, drop or die of."""
+
+
+GKD = (
+    Refusal(
+        "sequence-level distillation",
+        lambda launch: launch.given("seq_kd"),
+        "--seq-kd trains on a teacher's samples: write them into the data set and train with --gkd-lmbda 0; drop it",
+    ),
+    Refusal(
+        "another loss",
+        lambda launch: launch.given("loss_type") not in (None, "policy_loss"),
+        "--use-gkd is the loss, or with --gkd-coef a part of the policy loss; drop --loss-type",
+    ),
+    Refusal(
+        "a part of a loss that is not there",
+        lambda launch: launch.given("gkd_coef") is not None and not launch.given("compute_advantages_and_returns"),
+        "--gkd-coef adds the divergence to the policy loss, which needs advantages; drop "
+        "--disable-compute-advantages-and-returns, or --gkd-coef",
+    ),
+    Refusal(
+        "the policy loss on given responses",
+        lambda launch: (
+            launch.given("gkd_coef") is not None
+            and not launch.given("debug_train_only")
+            and launch.given("gkd_lmbda") < 1
+        ),
+        "--gkd-coef with --gkd-lmbda below 1: given responses are no samples of the policy and have no rewards, and "
+        "one response to a prompt has no advantage; use --gkd-lmbda 1",
+    ),
+    Refusal(
+        "recomputed loss",
+        lambda launch: launch.given("recompute_loss_function"),
+        "--recompute-loss-function computes the loss again from logits that the divergence has overwritten with their "
+        "gradient, and saves nothing there: it keeps no vocabulary-sized tensor; drop it",
+    ),
+    Refusal(
+        "samples without a rollout",
+        lambda launch: launch.given("debug_train_only") and launch.given("gkd_lmbda"),
+        "--debug-train-only samples nothing, and --gkd-lmbda above 0 wants the student's own samples; give "
+        "--gkd-lmbda 0, which trains on the responses that are loaded",
+    ),
+    Refusal(
+        "responses without a data set",
+        lambda launch: (
+            not launch.given("debug_train_only")
+            and (1.0 if launch.given("gkd_lmbda") is None else launch.given("gkd_lmbda")) < 1
+            and not launch.given("rollout_global_dataset")
+        ),
+        "--gkd-lmbda below 1 takes responses from the data set (--label-key), and --disable-rollout-global-dataset "
+        "says that there is none; give --gkd-lmbda 1, or a data set",
+    ),
+    Refusal(
+        "context parallelism and a prompt of the teacher's own",
+        lambda launch: (
+            (launch.given("context_parallel_size") or 1) > 1 and launch.given("gkd_teacher_prompt_template")
+        ),
+        "--gkd-teacher-prompt-template with --context-parallel-size above 1: the two prompts are cut over the ranks "
+        "at different tokens, and nothing moves hidden states between them; use --context-parallel-size 1",
+    ),
+    Refusal(
+        "gathered context parallelism",
+        lambda launch: launch.given("allgather_cp"),
+        "--allgather-cp moves log-probs between ranks after the loss has them, a vocabulary it cannot; drop it",
+    ),
+    Refusal(
+        "padded batches",
+        lambda launch: launch.given("qkv_format") == "bshd",
+        "--qkv-format bshd pads every sample, and distillation looks for tokens in packed ones; use --qkv-format thd",
+    ),
+    Refusal(
+        "the critic's loss",
+        lambda launch: launch.given("use_critic"),
+        "--use-gkd replaces the loss of every model in slime, the critic's too; use an estimator without a critic",
+    ),
+    Refusal(
+        "an adapter that the policies know nothing of",
+        lambda launch: launch.given("offload_train") and launch.given("gkd_teacher") not in (None, "base"),
+        "--gkd-teacher other than base with --offload-train: its adapter would be lost with the trainer's memory; "
+        "use --gkd-teacher base, or --no-offload-train",
+    ),
+)
+"""Of ``--use-gkd``."""
 
 
 def versions_kept(args: Namespace) -> int:

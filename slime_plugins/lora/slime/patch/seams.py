@@ -45,6 +45,10 @@ SEAMS = (
         ),
     ),
     Seam(
+        "optimizer",
+        ((f"{_MEGATRON}/model.py", Rebind("get_megatron_optimizer", "optimizing")),),
+    ),
+    Seam(
         "checkpoint",
         (
             (
@@ -152,6 +156,15 @@ SEAMS = (
             ),
         ),
         optional=True,
+    ),
+    Seam(
+        "a teacher's prompts",
+        (
+            (
+                "slime/ray/rollout.py",
+                Decorate("RolloutManager._convert_samples_to_train_data", "teacher_prompts", ("samples",)),
+            ),
+        ),
     ),
     Seam(
         "metrics",
