@@ -26,8 +26,8 @@ def reference(tmp_path_factory):
     """Directory, values by the names of modules, logits, gradients; and the base's logits."""
     from peft import PeftModel
 
-    # Seed 0 has a key of nearly no length, whose normalisation makes transformers' own fp32 gradients 2e-4 wrong (against
-    # its fp64 ones); with seed 1 they are right to 3e-6.
+    # Seed 0 has a key of nearly no length, whose normalisation makes transformers' own fp32 gradients 2e-4 wrong
+    # (against its fp64 ones); with seed 1 they are right to 3e-6.
     path = moe_models.make_checkpoint(tmp_path_factory.mktemp("qwen3_5"), "qwen3_5", seed=1)
     values = moe_reference.values_of(path, RANK, "split")
     adapter = moe_reference.write_adapter(path / "adapter", path, values, rank=RANK, alpha=ALPHA)
