@@ -115,8 +115,8 @@ def _export(projections, checkpoint, base, args: argparse.Namespace) -> None:
     )
     if args.moe_format == FORMATS[0] and base.model_type(args.names) in FUSED_ALONE and _has_experts(projections):
         print(
-            f"slime-lora: warning: PEFT and transformers do not read the experts of {base.model_type(args.names)} one by "
-            "one and leave them out; for them give --moe-format fused, which servers do not read",
+            f"slime-lora: warning: PEFT and transformers do not read the experts of {base.model_type(args.names)} one "
+            "by one and leave them out; for them give --moe-format fused, which servers do not read",
             file=sys.stderr,
         )
     digest = weights_digest(base, checkpoint.manifest.base["dtype"])

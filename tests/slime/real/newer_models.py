@@ -97,7 +97,8 @@ def make_rollouts(path, model_path, steps, prompts=4, samples=4, seed=0):
                         group_index=step * prompts + group,
                         index=len(rows) + step * prompts * samples,
                         prompt="an image", tokens=prompt + response, response="t4",
-                        response_length=len(response), label="", status="completed", metadata={}, loss_mask=[1] * len(response),
+                        response_length=len(response), label="", status="completed", metadata={},
+                        loss_mask=[1] * len(response),
                         reward=sum(t % 2 == 0 for t in response) / len(response), rollout_log_probs=picked.tolist(),
                         multimodal_train_inputs={"pixel_values": pixels, "image_grid_thw": torch.tensor(GRID)},
                     )

@@ -101,5 +101,5 @@ def test_adapters_reach_the_engines(start, model):
 
 
 def test_adapter_sync_of_qwen3_next_is_refused_where_sglang_has_no_room(start):
-    with pytest.raises(AssertionError, match="SGLang makes room for adapters of linear attention in Qwen3.5 alone"):
+    with pytest.raises(AssertionError, match=r"SGLang makes room for adapters of linear attention in Qwen3\.5 alone"):
         start("qwen3_next", "--mode", "colocate", extra="--lora-sync adapter --lora-target-modules in_proj_qkvz")
