@@ -6,7 +6,6 @@ import argparse
 import sys
 
 from slime_plugins.lora.cli.arguments import add_names, check_out, lost, place
-from slime_plugins.lora.names import in_experts
 
 FORMATS = ("per-expert", "fused")  # peft.experts_form.FORMATS, which costs torch to import
 NAME = "export"
@@ -101,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 def _export(projections, checkpoint, base, args: argparse.Namespace) -> None:
     from slime_plugins.lora.base.fingerprint import weights_digest
     from slime_plugins.lora.peft.directory import write_adapter
-    from slime_plugins.lora.peft.experts_export import FUSED_ALONE
+    from slime_plugins.lora.peft.experts_export import unread_by_peft
     from slime_plugins.lora.peft.form import to_peft
     from slime_plugins.lora.peft.serve_dir import make_serve_dir
 
@@ -113,21 +112,14 @@ def _export(projections, checkpoint, base, args: argparse.Namespace) -> None:
         moe_format=args.moe_format,
         names=args.names,
     )
-    if args.moe_format == FORMATS[0] and base.model_type(args.names) in FUSED_ALONE and _has_experts(projections):
-        print(
-            f"slime-lora: warning: PEFT and transformers do not read the experts of {base.model_type(args.names)} one "
-            "by one and leave them out; for them give --moe-format fused, which servers do not read",
-            file=sys.stderr,
-        )
+    unread = unread_by_peft(base, args.names, args.moe_format, (p.name for p in projections))
+    if unread:
+        print(f"slime-lora: warning: {unread}", file=sys.stderr)
     digest = weights_digest(base, checkpoint.manifest.base["dtype"])
     write_adapter(args.out, *adapter, base=base, base_digest=digest, base_quant=checkpoint.base_quant)
     if args.serve_dir:
         make_serve_dir(args.hf_checkpoint, args.out, args.serve_dir)
         print(f"serve it with: transformers serve {args.serve_dir}")
-
-
-def _has_experts(projections) -> bool:
-    return any(in_experts(projection.name) for projection in projections)
 
 
 def _merge(projections, quant, base, args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,11 +11,13 @@ from pathlib import Path
 import torch
 
 from slime_plugins.lora.adapters import config_of, iter_adapters, refuse_trained_base
+from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.checkpoint.model import other_base
 from slime_plugins.lora.layers import LoRALinear
 from slime_plugins.lora.names import in_experts
 from slime_plugins.lora.parallel import everywhere, expert_group, gather_on_first, pipeline_group, rank
 from slime_plugins.lora.peft.directory import write_adapter
+from slime_plugins.lora.peft.experts_export import unread_by_peft
 from slime_plugins.lora.peft.form import to_peft
 from slime_plugins.lora.projections import Projection
 from slime_plugins.lora.quant.dequantize import is_dequantised
@@ -49,9 +52,13 @@ def export_peft(
     def write() -> None:
         refuse_trained_base(model)
         if projections is not None and rank() == 0:
-            adapter = to_peft(projections, hf_checkpoint, dropout=config_of(model).dropout, moe_format=moe_format)
+            base = BaseCheckpoint(hf_checkpoint)
+            unread = unread_by_peft(base, "module", moe_format, (p.name for p in projections))
+            if unread:
+                warnings.warn(f"{out_dir}: {unread}", stacklevel=2)
+            adapter = to_peft(projections, base, dropout=config_of(model).dropout, moe_format=moe_format)
             quant = None if is_dequantised(hf_checkpoint) else base_quant_of(model)
-            write_adapter(out_dir, *adapter, base=hf_checkpoint, base_quant=quant)
+            write_adapter(out_dir, *adapter, base=base, base_quant=quant)
 
     everywhere(write)
     return Path(out_dir)

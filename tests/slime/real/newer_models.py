@@ -65,6 +65,8 @@ def make_model(path, seed=0, tie=True, kind="qwen3"):
             elif name.endswith("mlp.gate.weight"):
                 parameter.mul_(5)
     model.to(torch.bfloat16).save_pretrained(path)
+    config = Path(path) / "config.json"  # the recording engine looks for the vocabulary's size there
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": m["vocab"]}))
     return path
 
 
