@@ -209,3 +209,38 @@ def test_stacked_experts_are_read_whichever_way_they_lie(bases, tmp_path):
         square / "model.safetensors",
     )
     assert BaseCheckpoint(square).stacks[f"{experts}.1.up_proj"].transposed
+
+
+def test_names_on_the_command_line(bases, tmp_path, capsys):
+    """A spelling that was asked for is no problem; verbs that read an adapter refuse another than the one given."""
+    from slime_plugins.lora.cli import main
+
+    path = bases("qwen3_5")
+    base = BaseCheckpoint(path)
+    out = tmp_path / "adapter"
+    write_adapter(out, *to_peft(projections(base), base, names="text"), base=base)
+    verify = ["verify", str(out), "--hf-checkpoint", str(path)]
+    assert main(verify) == 1 and main([*verify, "--names", "text"]) == 0
+    assert "loads in      PeftModel.from_pretrained: leaves out" in capsys.readouterr().out
+    for verb in (["import", "--adapter"], ["merge"]):
+        command = [*verb, str(out), "--hf-checkpoint", str(path), "--out", str(tmp_path / verb[0])]
+        assert main([*command, "--names", "module"]) == 1
+        said = capsys.readouterr().err
+        assert "is no name of --names module" in said and said.count("\n") == 1
+        assert main([*command, "--names", "text"]) == 0
+    assert main(["verify", str(out), "--names", "text"]) == 2
+
+
+def test_a_hostile_base_is_no_hang(tmp_path):
+    """A header may say any number of experts of no size, and a config anything for a width."""
+    experts = "model.layers.0.mlp.experts"
+    for i, config in enumerate(('{"hidden_size": {}, "moe_intermediate_size": {}}', '{"model_type": ["qwen2_vl"]}')):
+        directory = tmp_path / str(i)
+        directory.mkdir()
+        (directory / "config.json").write_text(config)
+        save_file(
+            {f"{experts}.gate_up_proj": torch.zeros(10**9, 0, 4), f"{experts}.down_proj": torch.zeros(2, 4, 3)},
+            directory / "model.safetensors",
+        )
+        base = BaseCheckpoint(directory)
+        assert base.linears == {f"{experts}.0.down_proj", f"{experts}.1.down_proj"} and base.names("module")

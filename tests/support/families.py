@@ -136,7 +136,7 @@ FAMILIES = {
         "Qwen2VLForConditionalGeneration",
         _image(_VL2, VISION | dict(embed_dim=16, hidden_size=HIDDEN, mlp_ratio=2)),
     ),
-    "qwen2_5_vl": Family("Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration", _image(_VL2, VISION_2_5)),
+    "qwen2_5_vl": Family("Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration", _image(_VL2, VISION_2_5, **TOKENS)),
     "qwen3_vl": Family(
         "Qwen3VLConfig",
         "Qwen3VLForConditionalGeneration",
@@ -157,17 +157,21 @@ FAMILIES = {
 }
 
 
-def make(path: Path, name: str) -> Path:
-    """The checkpoint directory."""
+def make(path: Path, name: str, *, text: dict | None = None, vision: dict | None = None) -> Path:
+    """The checkpoint directory. ``text``, ``vision``: settings of the two parts of a model that sees images."""
     import transformers
 
     family = FAMILIES[name]
+    settings = dict(family.settings)
+    for part, more in (("text_config", text), ("vision_config", vision)):
+        if more:
+            settings[part] = settings[part] | more
     saved = family.model
     if family.spelling == "text":  # the files are those of the model that sees images
         saved = saved.replace("ForCausalLM", "ForConditionalGeneration")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = getattr(transformers, saved)(getattr(transformers, family.config)(**family.settings))
+        model = getattr(transformers, saved)(getattr(transformers, family.config)(**settings))
         for tower in ("mlp.gate.weight",):  # tokens should not all go to the same experts
             for key, parameter in model.named_parameters():
                 if key.endswith(tower):

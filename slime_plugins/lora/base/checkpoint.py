@@ -81,8 +81,8 @@ class BaseCheckpoint:
 
     def model_type(self, spelling: str = "module") -> str | None:
         """Hugging Face's name of the family; in ``text``, of the language model alone."""
-        config = self.text_config if spelling == "text" else self.config
-        return config.get("model_type")
+        name = (self.text_config if spelling == "text" else self.config).get("model_type")
+        return name if isinstance(name, str) else None
 
     @property
     def tied(self) -> bool:
@@ -124,7 +124,7 @@ class BaseCheckpoint:
 
     def module(self, name: str) -> str:
         """A name as this base's files have it -> what it is called in the model that transformers makes of them."""
-        return module_name(self.config.get("model_type"), name)
+        return module_name(self.model_type(), name)
 
     @cached_property
     def modules(self) -> dict[str, str]:

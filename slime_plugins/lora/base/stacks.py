@@ -51,7 +51,7 @@ def stacked_experts(weights: Mapping[str, Stored], config: Mapping[str, Any]) ->
     found: dict[str, StackedExpert] = {}
     for name, stored in weights.items():
         match = _STACK.fullmatch(name)
-        if match is None or len(stored.shape) != 3:
+        if match is None or len(stored.shape) != 3 or 0 in stored.shape:
             continue
         transposed = _is_transposed(match["experts"], weights, hidden, width)
         found.update(_members(name, match["experts"], match["parameter"], stored.shape, transposed))
@@ -60,7 +60,9 @@ def stacked_experts(weights: Mapping[str, Stored], config: Mapping[str, Any]) ->
 
 def _is_transposed(experts: str, weights: Mapping[str, Stored], hidden: Any, width: Any) -> bool:
     """Rows and columns of one of the two parameters differ, whatever the widths: that one tells."""
-    for parameter, rows, columns in (("down_proj", hidden, width), ("gate_up_proj", 2 * (width or 0), hidden)):
+    if not isinstance(hidden, int) or not isinstance(width, int):
+        return False
+    for parameter, rows, columns in (("down_proj", hidden, width), ("gate_up_proj", 2 * width, hidden)):
         stored = weights.get(f"{experts}.{parameter}")
         if stored is not None and len(stored.shape) == 3 and rows != columns:
             return tuple(stored.shape[1:]) == (columns, rows)

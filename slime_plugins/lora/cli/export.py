@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
 def _export(projections, rows, checkpoint, base, args: argparse.Namespace) -> None:
     from slime_plugins.lora.base.fingerprint import weights_digest
     from slime_plugins.lora.peft.directory import write_adapter
+    from slime_plugins.lora.peft.experts_export import unread_by_peft
     from slime_plugins.lora.peft.extra import FOLDER, extra_of, put_extra
     from slime_plugins.lora.peft.form import to_peft
     from slime_plugins.lora.peft.rows import with_rows
@@ -114,6 +115,9 @@ def _export(projections, rows, checkpoint, base, args: argparse.Namespace) -> No
         )
     adapter = with_rows(adapter, rows, base) if rows else adapter
     assert adapter is not None
+    unread = unread_by_peft(base, args.names, args.moe_format, (p.name for p in projections))
+    if unread:
+        print(f"slime-lora: warning: {unread}", file=sys.stderr)
     digest = weights_digest(base, checkpoint.manifest.base["dtype"])
     write_adapter(args.out, *adapter, base=base, base_digest=digest, base_quant=checkpoint.base_quant)
     extra = extra_of(checkpoint.path.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from slime_plugins.lora.layers import LoRALinear
 from slime_plugins.lora.names import in_experts
 from slime_plugins.lora.parallel import everywhere, expert_group, gather_on_first, pipeline_group, rank
 from slime_plugins.lora.peft.directory import write_adapter
+from slime_plugins.lora.peft.experts_export import unread_by_peft
 from slime_plugins.lora.peft.form import to_peft
 from slime_plugins.lora.peft.rows import LEAVES, VocabularyRows, with_rows
 from slime_plugins.lora.projections import Projection
@@ -51,12 +53,15 @@ def export_peft(
         refuse_trained_base(model)
         if projections is not None and rank() == 0:
             base = BaseCheckpoint(hf_checkpoint)
+            unread = unread_by_peft(base, "module", moe_format, (p.name for p in projections))
+            if unread:
+                warnings.warn(f"{out_dir}: {unread}", stacklevel=2)
             adapter = None
             if projections or not rows:
                 adapter = to_peft(projections, base, dropout=config_of(model).dropout, moe_format=moe_format)
             adapter = with_rows(adapter, rows, base) if rows else adapter
             assert adapter is not None
-            write_adapter(out_dir, *adapter, base=hf_checkpoint, base_quant=quant)
+            write_adapter(out_dir, *adapter, base=base, base_quant=quant)
 
     everywhere(write)
     return Path(out_dir)

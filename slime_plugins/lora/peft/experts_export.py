@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 
 import torch
 
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+from slime_plugins.lora.names import in_experts
 from slime_plugins.lora.peft.config import key_of, parse_key, target_list
 from slime_plugins.lora.peft.experts_form import PARAMETER_OF, STACKED, WEIGHT, experts_of, stack
 
@@ -50,6 +52,17 @@ def for_experts(
         parameters = [f"mlp.experts.{parameter}" for parameter in STACKED] if adapts_experts else []
         config = config | (_doubled(config) if adapts_experts else {})
     return (config | {"target_parameters": parameters} if parameters else config), tensors
+
+
+def unread_by_peft(base: BaseCheckpoint, names: str, moe_format: str, modules: Iterable[str]) -> str | None:
+    """Why PEFT leaves out experts of an adapter of these modules, for people; None where it does not."""
+    family = base.model_type(names)
+    if moe_format == "fused" or family not in FUSED_ALONE or not any(map(in_experts, modules)):
+        return None
+    return (
+        f"PEFT and transformers do not read the experts of {family} one by one and leave them out; for them use "
+        "--moe-format fused, which servers do not read"
+    )
 
 
 def _fused(config: dict, tensors: Tensors, linears: set[str], num_experts: Counter) -> tuple[dict, Tensors]:
