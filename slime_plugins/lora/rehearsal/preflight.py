@@ -66,6 +66,7 @@ def prepare(given: Mapping[str, Any], progress: Callable[[str], None] = print) -
         base_quant=adapter_start.base_of_start(settings, stored, progress),
     )
     adapter_start.check_config(settings.lora, base)
+    adapter_start.kept_reference(settings)
     if settings.base_quant is not None:
         shapes = base.shapes()
         linears = {name: shapes[f"{name}.weight"] for name in base.linears()}
