@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slime_plugins.lora.arguments import base_args, check_lora_plus, lora_args
 from slime_plugins.lora.base.quantization import BaseQuant
@@ -16,7 +16,9 @@ from slime_plugins.lora.control.arguments import plateau_of
 from slime_plugins.lora.control.plateau import EVAL, VAL_LOSS, Plateau
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.objectives import OBJECTIVES, make_objective, objective_class, option_names
-from slime_plugins.lora.objectives.objective import Objective
+
+if TYPE_CHECKING:
+    from slime_plugins.lora.objectives.objective import Objective
 
 MICRO_BATCH_TOKENS = 4096
 """Tokens, padding included, that one forward pass may hold unless ``--micro-batch-size`` says otherwise."""
