@@ -232,3 +232,29 @@ def test_a_head_beside_the_start_is_carried_along(stopped, cache, tmp_path):
     for place in ("out/adapter", "save", "save/best", "save/final", "out 2/adapter", "next", "next/best"):
         found = extra_of(tmp_path / place)
         assert found.keys() == head.keys() and all(torch.equal(found[name], head[name]) for name in head), place
+
+
+@pytest.mark.slow
+def test_the_start_as_reference_policy(stopped, cache, tmp_path):
+    """KL exactly 0 before the first step, then more; resumed at another size from what the run has kept."""
+    root, _, _ = stopped
+    start = ("--lora-adapter-path", root / "out" / "adapter", "--rollout-batch-size", 8, "--n-samples-per-prompt", 4)
+    flags = (*start, "--lora-ref", "start", "--save", tmp_path / "save", "--save-interval", 1)
+    rehearse(tmp_path / "out", cache, "--tp", "1", "--steps", 3, *flags)
+    kl = values(tmp_path / "out", "kl")
+    assert kl[0] == 0 and all(value > 0 for value in kl[1:])
+    shutil.rmtree(tmp_path / "save" / "iter_0000003")
+    (tmp_path / "save" / "latest_checkpointed_iteration.txt").write_text("2")
+    again = ("--load", tmp_path / "save", "--save", tmp_path / "next", "--steps", 3, *start[2:])
+    rehearse(tmp_path / "out 2", cache, "--tp", "2", "--lora-ref", "start", *again)
+    assert values(tmp_path / "out 2", "kl") == pytest.approx(kl[2:], rel=1e-3)
+    assert (tmp_path / "next" / "reference" / "release" / "adapter.json").is_file()
+    with Rehearsal(tmp_path / "out 3", cache, "--tp", "1", *map(str, again)) as run:
+        code, log = run.wait()
+    assert code == 2 and "was trained with --lora-ref start" in log
+    rehearse(tmp_path / "out 4", cache, "--tp", "1", "--steps", 1, *start)
+    assert values(tmp_path / "out 4", "kl")[0] > 1e-3, "by default it is the base"
+
+
+def values(out: Path, name: str) -> list[float]:
+    return [json.loads(line)[name] for line in (out / "metrics.jsonl").read_text().splitlines()]

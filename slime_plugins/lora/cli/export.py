@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from slime_plugins.lora.cli.arguments import add_names, check_out, lost, place
 from slime_plugins.lora.cli.onto import add_merge_onto, onto

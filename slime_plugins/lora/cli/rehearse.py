@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_control_arguments(parser.add_argument_group("validation, learning rate and stopping"))
     _add_distillation_arguments(parser.add_argument_group("distillation, --objective gkd"), defaults)
     _add_output_arguments(parser.add_argument_group("what it leaves"), defaults)
-    _add_checkpoint_arguments(parser.add_argument_group("where it starts, and checkpoints"))
+    _add_checkpoint_arguments(parser.add_argument_group("where it starts, and checkpoints"), defaults)
     # Adapters alone are trained here: flags that say whether there are any say nothing.
     add_lora_arguments(parser, hide=("use_lora", "lora_only_trainable"))
     add_new_tokens(parser)
@@ -143,7 +143,7 @@ def _add_training_arguments(group, defaults: Settings) -> None:
     add("--weight-decay", type=float, default=defaults.weight_decay, help="(default: %(default)s)")
     add("--clip-grad", type=float, default=defaults.clip_grad, help="gradient norm (default: %(default)s)")
     add("--eps-clip", type=float, default=defaults.eps_clip, help="of the policy ratio (default: %(default)s)")
-    add("--kl-loss-coef", type=float, default=defaults.kl_loss_coef, help="KL to the base (default: %(default)s)")
+    add("--kl-loss-coef", type=float, default=defaults.kl_loss_coef, help="KL to the reference (default: %(default)s)")
     add("--seed", type=int, default=defaults.seed, help="of adapters, sampling and order (default: %(default)s)")
 
 
@@ -228,7 +228,7 @@ def _add_output_arguments(group, defaults: Settings) -> None:
         add(f"--wandb-{name}", metavar=name.upper(), help="as in slime")
 
 
-def _add_checkpoint_arguments(group) -> None:
+def _add_checkpoint_arguments(group, defaults: Settings) -> None:
     add = group.add_argument
     add("--save", metavar="DIR", help="write sharded checkpoints, to resume from at any parallelism")
     add("--save-interval", type=int, metavar="N", help="steps between them (default: after the last step alone)")
@@ -237,6 +237,13 @@ def _add_checkpoint_arguments(group) -> None:
         "--lora-adapter-path",
         metavar="DIR",
         help="start from the adapter of a PEFT directory or a checkpoint, at step 1; brings its LoRA flags",
+    )
+    add(
+        "--lora-ref",
+        choices=("base", "start"),
+        default=defaults.lora_ref,
+        help="what the KL is measured from: the base (default), or start, the adapter of --lora-adapter-path, kept in "
+        "--save/reference",
     )
 
 

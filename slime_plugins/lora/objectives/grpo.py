@@ -21,7 +21,7 @@ class GRPO(Objective):
     rollouts, given, rewarded = True, False, True
     computed = {
         "old_log_probs": Computed(lambda output, batch: output.log_probs),
-        "ref_log_probs": Computed(lambda output, batch: output.log_probs, model="base"),
+        "ref_log_probs": Computed(lambda output, batch: output.log_probs, model="reference"),
     }
     sampled_log_probs = "old_log_probs"
     of_first_step = ("kl",)  # later steps are off-policy: their adapters have moved already

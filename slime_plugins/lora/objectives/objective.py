@@ -46,8 +46,9 @@ class Computed:
 
     of: Callable[[Any, Batch], torch.Tensor]
     """Gives a tensor [N, ...] of a ``ModelOutput`` and a micro-batch; it stays on the rank that made it."""
-    model: Literal["policy", "base", "teacher"] = "policy"
-    """``base``: the same model with its adapters off. ``teacher``: whatever the trainer has for one."""
+    model: Literal["policy", "reference", "teacher"] = "policy"
+    """``reference``: the same model with its adapters off, or those that it started from. ``teacher``: whatever the
+    trainer has for one."""
     hidden: bool = False
     """True: in place of a ``ModelOutput``, final hidden states [N, S, H] in the model's dtype; no logits are made."""
     sees: Callable[[Batch], Batch] = lambda batch: batch

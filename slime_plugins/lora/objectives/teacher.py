@@ -143,6 +143,16 @@ def _plain(linear: LoRALinear) -> Iterator[None]:
         linear.__class__ = form
 
 
+@torch.no_grad()
+def copy_of(model: Any) -> AnotherAdapter:
+    """The model's adapters as they are now."""
+    other = AnotherAdapter(model, config_of(model))
+    for linear, parameters in other.parameters.items():
+        for name, live in linear.lora_parameters().items():
+            parameters[name].copy_(live)
+    return other
+
+
 def read_another(model: Any, path: str) -> AnotherAdapter:
     """The adapter of a PEFT directory or of a checkpoint, beside the model's own. Raises as ``Teacher`` does."""
     of_peft = (Path(path) / "adapter_config.json").is_file()

@@ -20,6 +20,9 @@ from slime_plugins.lora.peft.extra import extra_of, put_extra, refuse_part_of_ba
 from slime_plugins.lora.rehearsal.settings import MAX_COUNT, Settings
 from slime_plugins.lora.targets import Targets, check_all_matched
 
+REFERENCE = "reference"
+"""Beside the steps of a run: the adapter that it measures its KL from, with ``--lora-ref start``."""
+
 
 def config_of_flags(flags: Mapping[str, Any], seed: int) -> LoRAConfig:
     """Of LoRA flags by destination, defaults for those that are absent."""
@@ -106,6 +109,34 @@ def _config_at(settings: Settings, what: str, layout: str | None, progress: Call
         if manifest.optimizer is None:
             progress(f"{what}: it has no optimizer state, the optimizer starts anew")
     return manifest.config
+
+
+def kept_reference(settings: Settings) -> Path | None:
+    """The checkpoint of the reference policy that the run to go on with has kept; None: there is none, or no such run.
+
+    Raises:
+        UsageError: a resumed run whose reference is not there, or was another one than the flags say.
+    """
+    started = settings.lora_ref == "start"
+    if settings.load is None:
+        if settings.save and not started and (Path(settings.save) / REFERENCE).exists():
+            raise UsageError(
+                f"--save {settings.save} holds the reference policy of another run, which resumes would take for this "
+                "one's; name another directory"
+            )
+        return None
+    kept = _directory_of(settings.load) / REFERENCE
+    if kept.exists() and not started:
+        raise UsageError(
+            f"--load {settings.load} was trained with --lora-ref start, its reference policy is {kept}; give "
+            "--lora-ref start, or start a new run from its adapter with --lora-adapter-path"
+        )
+    if started and not kept.exists():
+        raise UsageError(
+            f"--lora-ref start: {settings.load} has kept no {REFERENCE}/; resume with --lora-ref base, or start anew "
+            "with --lora-adapter-path"
+        )
+    return kept if started else None
 
 
 def carry_extra(settings: Settings, adapter_dir: Path) -> list[str]:

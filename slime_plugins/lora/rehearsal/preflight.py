@@ -73,6 +73,7 @@ def prepare(given: Mapping[str, Any], progress: Callable[[str], None] = print) -
             "--objective gkd with trained vocabulary rows: the teacher is read through the student's output layer, "
             "which would be the frozen one; drop --trainable-token-indices"
         )
+    adapter_start.kept_reference(settings)
     if settings.base_quant is not None:
         shapes = base.shapes()
         linears = {name: shapes[f"{name}.weight"] for name in base.linears()}

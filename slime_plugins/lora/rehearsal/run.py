@@ -13,7 +13,7 @@ from slime_plugins.lora.objectives import make_objective
 from slime_plugins.lora.objectives.batch import Batch
 from slime_plugins.lora.objectives.objective import Objective
 from slime_plugins.lora.rehearsal import final, outputs
-from slime_plugins.lora.rehearsal.adapter_start import carry_extra
+from slime_plugins.lora.rehearsal.adapter_start import REFERENCE, carry_extra, kept_reference
 from slime_plugins.lora.rehearsal.cluster import Cluster, ray_cluster
 from slime_plugins.lora.rehearsal.control import control_of, stopped
 from slime_plugins.lora.rehearsal.devices import resolve_device
@@ -125,7 +125,12 @@ def _start(cluster: Cluster, settings: Settings) -> int:
     """Read what the run starts from. Returns the number of steps that are done."""
     if settings.lora_adapter_path is not None:
         cluster.ranks("start_from", settings.lora_adapter_path)
-    return cluster.ranks("load", settings.load)[0] if settings.load else 0
+    first = cluster.ranks("load", settings.load)[0] if settings.load else 0
+    if settings.lora_ref == "start":
+        kept, place = kept_reference(settings), settings.save and Path(settings.save) / REFERENCE
+        keep = place and (kept is None or kept.resolve() != place.resolve())
+        cluster.ranks("take_reference", kept and str(kept), str(place) if keep else None)
+    return first
 
 
 def _prompts_by_step(settings: Settings, first: int) -> Iterator[list[Prompt]]:

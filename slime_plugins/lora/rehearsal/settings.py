@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slime_plugins.lora.arguments import base_args, check_lora_plus, lora_args
 from slime_plugins.lora.base.quantization import BaseQuant
@@ -16,6 +16,9 @@ from slime_plugins.lora.control.arguments import plateau_of
 from slime_plugins.lora.control.plateau import EVAL, VAL_LOSS, Plateau
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.objectives import OBJECTIVES, make_objective, objective_class, option_names
+
+if TYPE_CHECKING:
+    from slime_plugins.lora.objectives.objective import Objective
 
 MICRO_BATCH_TOKENS = 4096
 """Tokens, padding included, that one forward pass may hold unless ``--micro-batch-size`` says otherwise."""
@@ -155,6 +158,8 @@ class Settings:
     """Steps between them; None saves the last step alone."""
     load: str | None = None
     """Checkpoint, or a run's directory of them, to go on from, up to ``steps`` in all; any parallelism."""
+    lora_ref: str | None = None
+    """Reference policy of the KL: ``base``, which None is too, or ``start``, the adapter that training starts from."""
     lora_adapter_path: str | None = None
     """PEFT directory or checkpoint whose adapter is the start; step and optimizer start anew."""
     use_wandb: bool = False
@@ -217,10 +222,27 @@ class Settings:
         if given and not self.use_wandb:
             raise UsageError(f"{', '.join(given)} without --use-wandb; add --use-wandb, or drop them")
         self._check_validation(cls.rollouts)
-        make_objective(self.objective, self).check(
+        objective = make_objective(self.objective, self)
+        self._check_reference(objective)
+        objective.check(
             copies=self.n_samples_per_prompt, start=self.load or self.lora_adapter_path, resumed=self.load is not None
         )
         self._check_parallel()
+
+    def _check_reference(self, objective: Objective) -> None:
+        if self.lora_ref is None:
+            return
+        measured = any(computed.model == "reference" for computed in objective.computed.values())
+        if not measured or not self.kl_loss_coef:
+            raise UsageError(
+                f"--lora-ref {self.lora_ref} says what the KL is measured from, and there is none with --objective "
+                f"{self.objective} and --kl-loss-coef {self.kl_loss_coef:g}; drop it"
+            )
+        if self.lora_ref == "start" and not (self.load or self.lora_adapter_path):
+            raise UsageError(
+                "--lora-ref start without --lora-adapter-path: training starts from the base, which is the reference "
+                "anyway; give the adapter to start from, or drop it"
+            )
 
     def _check_validation(self, rollouts: bool) -> None:
         """Is what a plateau goes by measured, and more than once?"""

@@ -21,7 +21,7 @@ from slime_plugins.lora.control.rates import scale_rates, with_lora_plus
 from slime_plugins.lora.objectives import make_objective
 from slime_plugins.lora.objectives.batch import Batch
 from slime_plugins.lora.objectives.objective import Computed, ModelOutput
-from slime_plugins.lora.objectives.teacher import Teacher
+from slime_plugins.lora.objectives.teacher import AnotherAdapter, Teacher, copy_of, read_another
 from slime_plugins.lora.rehearsal import cpu
 from slime_plugins.lora.rehearsal.settings import Settings
 
@@ -30,6 +30,8 @@ class RankTrainer:
     """The policy on one rank. Reference policy and teacher are the same model: adapters off, or other values."""
 
     teacher: Teacher | None = None
+    reference: AnotherAdapter | None = None
+    """None: the base."""
 
     def setup(self, settings: Settings, rank: int, store: str, num_threads: int) -> None:
         """Start the process group and build the model; returns when all ranks have.
@@ -187,6 +189,15 @@ class RankTrainer:
         """Make a teacher, once the adapters are what the run starts from. Arguments as ``Teacher`` has them."""
         self.teacher = Teacher(self.chunks, kind, ema_decay)
 
+    def take_reference(self, kept: str | None, save: str | None) -> None:
+        """Make the adapters as they are now the reference policy, or those that a run has kept, and keep them."""
+        from slime_plugins.lora import save_adapter
+
+        self.reference = copy_of(self.chunks) if kept is None else read_another(self.chunks, kept)
+        if save is not None:
+            with self.reference.worn():
+                save_adapter(self.chunks, save)
+
     def export_teacher(self, out_dir: str) -> None:
         """Write the teacher's adapters as a PEFT directory."""
         assert self.teacher is not None
@@ -230,7 +241,9 @@ class RankTrainer:
         if which == "teacher":
             assert self.teacher is not None
             return self.teacher.active()
-        return adapters_disabled(self.chunks) if which == "base" else contextlib.nullcontext()
+        if which == "reference":
+            return adapters_disabled(self.chunks) if self.reference is None else self.reference.worn()
+        return contextlib.nullcontext()
 
     def _evaluate(self, batch: Batch, computed: Computed) -> torch.Tensor | None:
         """[N, ...] on the last stage."""

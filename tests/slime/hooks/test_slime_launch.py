@@ -17,6 +17,7 @@ from packaging.version import Version
 from slime_plugins.lora import slime as hooks
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.slime.hooks import launch, paths, refusals, requests
+from slime_plugins.lora.slime.hooks.launched import Launch
 
 
 def parse(*words, **settings):
@@ -53,6 +54,9 @@ def slime_validate_args(args):
 
 SHARED = dict(num_experts=8, moe_shared_expert_intermediate_size=64)
 LATENT = dict(multi_latent_attention=True, q_lora_rank=16, colocate=True)
+
+
+EVALUATED = dict(eval_interval=2, save="s", eval_datasets=[types.SimpleNamespace(name="a")])
 
 
 def refused(reason, *words, **settings):
@@ -96,6 +100,23 @@ def test_flags_without_use_lora_are_refused(flag):
         ("--lora-ref start --lora-adapter-path x", dict(use_kl_loss=False, kl_coef=0.0), "add --use-kl-loss"),
         ("--lora-ref start --lora-adapter-path x", dict(kl_coef=0.1, ref_update_interval=2), "moves it"),
         ("--lora-plus-ratio 4", dict(lr_warmup_init=1e-6), "drop --lr-warmup-init"),
+        ("--lr-plateau-metric val_loss", {}, "needs --val-data and --val-interval"),
+        ("--val-interval 3", {}, "go together"),
+        ("--val-data x", {}, "go together"),
+        ("--val-data x --val-interval 0", {}, "expected 1 or more"),
+        ("--lr-plateau-metric eval/a", {}, "needs --eval-interval"),
+        ("--lr-plateau-metric eval/a", dict(eval_interval=2, debug_train_only=True), "use val_loss"),
+        ("--lr-plateau-metric eval/a", dict(EVALUATED, update_weights_interval=4, num_rollout=9), "multiple of it"),
+        ("--lr-plateau-metric eval/a", dict(EVALUATED, update_weights_interval=2, num_rollout=None), "--num-rollout"),
+        ("--lr-plateau-metric eval/a", dict(eval_interval=2, save=None), "needs? --save"),
+        ("--lr-plateau-metric eval/a", dict(EVALUATED, release_train=True), "--release-train ends the trainer"),
+        ("--lr-plateau-metric eval/a", dict(EVALUATED, debug_rollout_only=True), "does not train here"),
+        ("--lr-plateau-metric eval/b", EVALUATED, "no such evaluation, .* name a"),
+        ("--lr-plateau-metric loss", EVALUATED, "expected val_loss or eval/NAME"),
+        ("--lr-plateau-metric eval/a --stop-min-lr 1", EVALUATED, "below --lr"),
+        ("--lr-plateau-patience 3", {}, "without --lr-plateau-metric"),
+        ("--val-data x --val-interval 1", dict(save="s", qkv_format="bshd"), "use --qkv-format thd"),
+        ("--val-data x --val-interval 1", dict(save="s", multimodal_keys="{}"), "drop one of them"),
         ("--lora-sync adapter", {}, "--lora-sync-dir"),
         ("--lora-sync adapter", dict(update_weight_mode="delta"), "--lora-sync merged"),
         ("--lora-sync adapter", dict(release_train=True), "--lora-sync merged"),
@@ -182,7 +203,7 @@ def test_what_the_base_says_is_looked_at(tmp_path):
     nested = base_dir(tmp_path, text_config={"model_type": "qwen2_moe"})
     launch_of = [*adapter, "--lora-target-modules", "experts.linear_fc1"]
     refused("SGLang 0.5.23 or newer", *launch_of, hf_checkpoint=nested, num_experts=8, colocate=True)
-    rows = refusals.refused(refusals.Launch(parse(*launch_of, hf_checkpoint=nested, num_experts=8), Version("0.5.23")))
+    rows = refusals.refused(Launch(parse(*launch_of, hf_checkpoint=nested, num_experts=8), Version("0.5.23")))
     assert rows == []
 
 

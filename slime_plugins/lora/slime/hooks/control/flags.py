@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from typing import Any
 
 from slime_plugins.lora.control import history
@@ -71,22 +72,27 @@ def set_up(args: Namespace) -> None:
 
 def past_of(args: Namespace, rule: Plateau | None, until: int) -> History | None:
     """The history of the run that goes on after ``until`` rollouts; None where one starts, or none is kept."""
-    found = None if args.load is None or args.finetune else adapter_step_dir(args.load, args.ckpt_step)
+    found = _resumed(args)
     return None if found is None else history.read(found.parent, rule, args.lr, until=until)
 
 
 def resumes(args: Namespace) -> bool:
     """Does the run go on with another one's steps?"""
-    return args.load is not None and not args.finetune and adapter_step_dir(args.load, args.ckpt_step) is not None
+    return _resumed(args) is not None
+
+
+def _resumed(args: Namespace) -> Path | None:
+    return None if args.load is None or args.finetune else adapter_step_dir(args.load, args.ckpt_step)
 
 
 def _next_rollout(args: Namespace) -> int:
     """The number of rollouts that a resumed run has trained on."""
     from slime_plugins.lora.checkpoint.manifest import Manifest
 
-    if args.start_rollout_id is not None or not resumes(args):
+    found = _resumed(args)
+    if args.start_rollout_id is not None or found is None:
         return args.start_rollout_id or 0
-    step = Manifest.read(adapter_step_dir(args.load, args.ckpt_step)).step
+    step = Manifest.read(found).step
     return 0 if step is None else step + 1  # slime names a checkpoint by its last rollout, from 0
 
 

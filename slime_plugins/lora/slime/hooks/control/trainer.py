@@ -12,7 +12,7 @@ import logging
 import math
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,7 @@ def _awake(actor) -> Iterator[None]:
         actor.sleep()
 
 
-_DOES = {
+_DOES: dict[str, Callable[..., Any]] = {
     "begin": _begin,
     "measured": _measured,
     "measure_awake": _measure_awake,
@@ -159,9 +159,10 @@ def validation_loss(args: Namespace, model: Any, samples: list[Given]) -> float:
 
     rows, indices = _share(list(_packed(args, samples)), *_places(model))
     device = torch.cuda.current_device()
-    data = {
+    masks = [torch.tensor(row.mask, dtype=torch.int, device=device) for row in rows]
+    data: dict[str, Any] = {
         "tokens": [torch.tensor(row.tokens, dtype=torch.long, device=device) for row in rows],
-        "loss_masks": [torch.tensor(row.mask, dtype=torch.int, device=device) for row in rows],
+        "loss_masks": masks,
         "total_lengths": [len(row.tokens) for row in rows],
         "response_lengths": [row.response for row in rows],
     }
@@ -172,10 +173,8 @@ def validation_loss(args: Namespace, model: Any, samples: list[Given]) -> float:
         found = forward_only(get_log_probs_and_entropy, plain, model, iterators, [len(indices)])
     nll: list[float] = []
     if mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0:
-        for log_probs, mask, total, response in zip(
-            found["log_probs"], data["loss_masks"], data["total_lengths"], data["response_lengths"]
-        ):
-            mine = slice_log_prob_with_cp(mask, total, response)
+        for log_probs, mask, row in zip(found["log_probs"], masks, rows):
+            mine = slice_log_prob_with_cp(mask, len(row.tokens), row.response)
             nll.append(-(log_probs.double() * mine.to(log_probs.device)).sum().item())
     return math.fsum(value for part in all_gather(nll) for value in part) / sum(sum(one.mask) for one in samples)
 
@@ -216,7 +215,8 @@ def _share(micros: list[list[Given]], place: int, places: int, multiple: int) ->
     first = micros[0][0]
     nothing = [Given(first.tokens, first.response, [0] * first.response)]
     mine = [micros[i] if i < len(micros) else nothing for i in range(place, place + count * places, places)]
-    rows, indices = [], []
+    rows: list[Given] = []
+    indices = []
     for micro in mine:
         indices.append(list(range(len(rows), len(rows) + len(micro))))
         rows += micro
