@@ -10,6 +10,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# TE multiplies float32 in TF32 (10 bits) where it may, and tests on a GPU compare float32 with float32.
+os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
 
 def pytest_collection_modifyitems(items):

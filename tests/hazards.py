@@ -1,7 +1,7 @@
 """Break the code on purpose, once per hazard of docs/design.md, and see the tests go red.
 
     python tests/hazards.py            # all; some 30 s each on 2 cores
-    python tests/hazards.py 3 19       # by hazard number
+    python tests/hazards.py 3 19       # by hazard number; 4bit: a 4-bit base; real: on real slime, where there is some
     python tests/hazards.py --list
 
 Each entry names a function, changes it in a copy of the tree and runs the tests named. A function that is not there,
@@ -37,6 +37,8 @@ class Break:
     """What is replaced in the function; None: all of its body, behind the docstring."""
     new: str
     tests: str
+    needs: str = ""
+    """Environment variable without which the tests are skipped."""
 
     @property
     def file(self) -> Path:
@@ -544,6 +546,33 @@ BREAKS = [
         "tests/quant/test_nf4_checkpoints.py -k codes_of_another",
     ),
     Break(
+        "real",
+        "unload no version after a rejected request",
+        "slime/hooks/adapter_sync.py::AdapterUpdater._load",
+        "while len(self._loaded) >= versions_kept(self.args):",
+        "while False:",
+        "tests/slime/real/test_upset_engines.py -m slow -k rejected_request",
+        needs="SLIME_DIR",
+    ),
+    Break(
+        "real",
+        "load adapters into the engines that there were first",
+        "slime/hooks/adapter_sync.py::AdapterUpdater.connect_rollout_engines",
+        "self.rollout_engines = list(rollout_engines)",
+        "self.rollout_engines = self.rollout_engines or list(rollout_engines)",
+        "tests/slime/real/test_upset_engines.py -m slow -k slime_replaces",
+        needs="SLIME_DIR",
+    ),
+    Break(
+        "real",
+        "answer with the base where an engine has lost its adapters",
+        "server/sglang_plugin.py::_name_for",
+        "    if name not in loaded:\n",
+        "    if name not in loaded:\n        return None\n    if name not in loaded:\n",
+        "tests/slime/real/test_upset_engines.py -m slow -k restarted_within",
+        needs="SLIME_DIR",
+    ),
+    Break(
         "22",
         "export onto whatever directory is named",
         "ends/export.py::export_peft",
@@ -674,7 +703,10 @@ def main() -> int:
     if args.list:
         print("\n".join(f"{item.hazard:>2}  {item.what}  ({item.where})" for item in chosen))
         return 0
-    verdicts = [run(item) for item in chosen]
+    for item in chosen:
+        if item.needs and not os.environ.get(item.needs):
+            print(f"not run: {item.what}: set {item.needs} (tests/slime/real/conftest.py)")
+    verdicts = [run(item) for item in chosen if not item.needs or os.environ.get(item.needs)]
     return 0 if all(verdicts) else 1
 
 

@@ -125,7 +125,17 @@ def merged(model: Any) -> Iterator[None]:
     Costs a copy of every adapted weight while it lasts: W + BA - BA is not W in bf16 (design hazard 12).
     """
     with adapters_disabled(model), contextlib.ExitStack() as replaced:
+        replaced.callback(_weights_are_new, model)
         for linear in iter_adapters(model):
             dense = [linear.lora_merged(index) for index in range(len(linear.lora_base.parameters))]
             replaced.enter_context(linear.lora_base.replaced(dense))
+        _weights_are_new(model)
         yield
+
+
+def _weights_are_new(model: Any) -> None:
+    """Tell Megatron's TE linears, which keep weights that they have cast to FP8 from one microbatch to the next."""
+    for chunk in chunks_of(model):
+        for module in chunk.modules():
+            if hasattr(module, "is_first_microbatch"):
+                module.is_first_microbatch = True  # type: ignore[assignment]

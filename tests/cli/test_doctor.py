@@ -33,6 +33,7 @@ BAD = [
     (f"{MOE} --moe-shared-expert-overlap", "--lora-exclude-modules"),
     ("--megatron-deepgemm-forward-layers all", "drop them"),
     ("--delay-wgrad-compute", "drop it"),
+    (f"{MOE} --overlap-moe-expert-parallel-comm --fp8-format hybrid", "--lora-exclude-modules experts"),
     ("--cuda-graph-impl local", "drop them"),
     ("--lora-sync adapter --no-colocate", "--lora-sync-dir"),
     ("--lora-sync adapter --sglang-dp-size 4", "--lora-sync merged"),

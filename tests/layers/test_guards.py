@@ -31,6 +31,9 @@ def test_bulk_overlap_goes_from_frozen_linears_alone():
     assert guard_frozen([model]) == []
 
 
+FREED = types.SimpleNamespace(overlap_moe_expert_parallel_comm=True, fp8="e4m3")
+
+
 def delayed(on: bool):
     return types.SimpleNamespace(delay_wgrad_compute=lambda: on)
 
@@ -43,6 +46,11 @@ def delayed(on: bool):
         (type("TEFusedMLP", (torch.nn.Module,), {})(), "never call"),
         (linear(_slime_deepgemm_forward_wrapped=True), "drop --megatron-deepgemm"),
         (linear(config=types.SimpleNamespace(enable_cuda_graph=True)), "CUDA graph"),
+        (type("AbsorbedMLASelfAttention", (torch.nn.Module,), {})(), "kv_b_proj would have no adapter.*use .*MLASelf"),
+        (
+            linear(lora=types.SimpleNamespace(experts=range(2)), config=FREED),
+            "0 would have its input's memory given back.*drop one of them, or exclude the experts",
+        ),
         (linear(config=types.SimpleNamespace(cuda_graph_impl="local")), "CUDA graph"),
     ],
 )
@@ -52,6 +60,9 @@ def test_what_cannot_be_is_refused_by_name(module, reason):
 
 
 def test_what_is_off_passes():
+    fine = types.SimpleNamespace(overlap_moe_expert_parallel_comm=True, fp8=None)
+    one = linear(lora=types.SimpleNamespace(experts=None), config=FREED)
+    assert guard_frozen([torch.nn.Sequential(linear(lora=one.lora, config=fine), one, linear(config=FREED))]) == []
     off = types.SimpleNamespace(cuda_graph_impl="none", enable_cuda_graph=False, use_transformer_engine_op_fuser=False)
     model = torch.nn.Sequential(
         linear(config=off, wgrad_store=delayed(False)), linear(frozen=False, wgrad_store=delayed(True))

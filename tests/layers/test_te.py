@@ -11,10 +11,11 @@ import pytest
 import reference
 import torch
 from harness import Layout
-from te_models import grouped_alone, linear_alone, parity_te
+from nf4_runs import chunks_of
+from te_models import grouped_alone, linear_alone, parity_te, te_layer_spec
 from tiny_checkpoints import tiny
 
-from slime_plugins.lora import LoRAConfig
+from slime_plugins.lora import LoRAConfig, merged
 
 RANK, ALPHA = 4, 12.0
 
@@ -124,3 +125,43 @@ def test_real_te_of_experts(leaf, rank):
     with single_process_groups("nccl"):
         errors = grouped_alone(Layout(), leaf, rank, device=torch.device("cuda"))
         assert max(errors.values()) <= 1e-4, errors
+
+
+@pytest.mark.gpu
+def test_grouped_products_on_a_gpu():
+    """torch's grouped product, which takes bf16 alone there, against a loop over experts; two have no token."""
+    from slime_plugins.lora.layers.grouped import Segments, takes_grouped_mm
+
+    splits, rank, size = [0, 24, 8, 0, 40], 8, 64
+    draw = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((72, size), (72, rank))]
+    x, dh = (t.bfloat16().cuda() for t in draw)
+    A = torch.randn(5, rank, size, generator=torch.Generator().manual_seed(1)).bfloat16().cuda()
+    assert takes_grouped_mm(x, A.transpose(1, 2)) and takes_grouped_mm(dh, A)
+    products = Segments(splits, x.device)
+    rows, dhs = x.float().split(splits), dh.float().split(splits)
+    for got, want in (
+        (products.down(x, A), torch.cat([r @ a.float().t() for r, a in zip(rows, A)])),
+        (products.dx(dh, A), torch.cat([d @ a.float() for d, a in zip(dhs, A)])),
+        (products.dA(dh, x), torch.stack([d.t() @ r for d, r in zip(dhs, rows)])),
+    ):
+        assert (got.float() - want).abs().max() <= 2**-7 * want.abs().max()  # bf16 has 8 bits; sums are in float32
+
+
+def first_microbatches(layout: Layout, hf_dir):
+    """Which linears are told to cast their weights anew, inside ``merged`` and after it."""
+    (chunk,), _ = chunks_of(layout, hf_dir, quant=None, layer_spec=te_layer_spec)
+    linears = [module for module in chunk.modules() if hasattr(module, "is_first_microbatch")]
+    for linear in linears:
+        linear.is_first_microbatch = False  # as a forward leaves it: its FP8 weights are kept for the next one
+    with merged(chunk):
+        inside = [linear.is_first_microbatch for linear in linears]
+        for linear in linears:
+            linear.is_first_microbatch = False
+    return inside, [linear.is_first_microbatch for linear in linears]
+
+
+def test_fp8_weights_are_cast_anew_around_merging(te_pool2, references):
+    """TE keeps what it has cast until it is told that weights are new (servers.md 23)."""
+    path, *_ = references("qwen3", "fused")
+    for inside, after in te_pool2.run(first_microbatches, path):
+        assert inside and all(inside) and all(after)

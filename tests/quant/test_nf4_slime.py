@@ -74,11 +74,17 @@ def check_export(tmp_path, path, dense):
     assert "nf4 while it was trained: load it with BitsAndBytesConfig(load_in_4bit=True, " in said
     assert said.endswith("ok")
     projections = list(AdapterCheckpoint(tmp_path / "ckpt").projections())
-    for flags, base in (((), dense), (("--merge-onto", "original"), path)):
-        out = tmp_path / f"merged-{base.name}"
-        assert main([*export, str(out), "--merge", *flags]) == 0
-        merge_checkpoint(projections, base, tmp_path / f"expected-{base.name}")
-        merged, expected = (load_file(d / "model.safetensors") for d in (out, tmp_path / f"expected-{base.name}"))
+    merge = ["merge", str(tmp_path / "adapter"), "--hf-checkpoint", str(path), "--out"]
+    for command, flags, base in (
+        (export, ("--merge",), dense),
+        (merge, (), dense),
+        (export, ("--merge", "--merge-onto", "original"), path),
+    ):
+        out = tmp_path / f"merged-{base.name}-by-{command[0]}"
+        assert main([*command, str(out), *flags]) == 0
+        expected = tmp_path / f"expected-{base.name}-by-{command[0]}"
+        merge_checkpoint(projections, base, expected)
+        merged, expected = (load_file(d / "model.safetensors") for d in (out, expected))
         assert merged.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())
 
@@ -98,13 +104,14 @@ def test_loaded_in_parts(pool2, bases, tmp_path):
 
 
 def test_memory_while_loading(pool1, tmp_path_factory, tmp_path):
-    """Above the packed base, as much as a few of its matrices: the one on the host, and what is made of it."""
-    sizes = dict(num_layers=12, hidden=1024, num_heads=16, num_kv_heads=8, head_dim=64, ffn=3072)
+    """One linear read from the files, and above the packed base what bitsandbytes takes to encode one: on a CPU eight
+    times the matrix in bf16 (float32, and places in the table)."""
+    sizes = dict(num_layers=8, hidden=512, num_heads=8, num_kv_heads=4, head_dim=64, ffn=1536)
     path = nf4_oracle.checkpoint(tmp_path_factory, dtype=torch.bfloat16, **sizes)
-    above, packed, largest, dense = pool1.run(nf4_slime_runs.loading_peak, path, tmp_path)[0]
-    print(f"{above >> 20} MiB above the packed {packed >> 20}; largest {largest >> 20}, all dense {dense >> 20}")
-    assert packed <= 0.52 * dense / 2
-    assert above <= 8 * largest < dense / 2  # its halves, fused, and what encoding and summing take
+    above, read, largest, dense = pool1.run(nf4_slime_runs.loading_peak, path, tmp_path)[0]
+    print(f"{above:,} above the packed base, {read:,} read; largest {largest:,}, all dense {dense:,}")
+    assert largest <= read <= 1.2 * largest
+    assert largest <= above <= 9 * largest < 0.6 * dense
 
 
 def test_excluded(pool1, bases, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 import types
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -28,7 +29,7 @@ from slime_plugins.lora.adapters import iter_adapters
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.base.decoder import HFBase
 from slime_plugins.lora.layers import hide_adapters
-from slime_plugins.lora.quant.packed import PackedWeight
+from slime_plugins.lora.quant.packed import Packed, PackedWeight
 from slime_plugins.lora.rehearsal import model as rehearsal
 
 TARGETS = ("q_proj", "linear_fc2")  # o_proj, gate and up stay unadapted
@@ -223,22 +224,30 @@ CODED = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj", "mod
 
 
 def loading_peak(layout: Layout, hf_dir, work):
-    """Bytes of this process: the most while slime loads, above what is there when it has; the packed base; the largest
-    dense matrix; all of them dense."""
+    """Bytes: what torch has at most while slime loads, above what it had and the packed base; what has been read from
+    files and is there, at most; of the largest dense matrix; of all of them dense."""
     args = arguments(hf_dir, work)
     model, optimizer = build(layout, args, torch.bfloat16)
     packed = [p for p in model[0].module.parameters() if isinstance(p, PackedWeight)]
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the most so far is what there is now
-    load(args, model, optimizer)
-    peak, after = _resident("VmHWM"), _resident("VmRSS")
-    codes = sum(p.packed.nbytes for p in packed)
-    return peak - after, codes, max(p.nbytes for p in packed), sum(p.nbytes for p in packed)
+    unset, read, load_base = sum(p.packed.nbytes for p in packed), [], rehearsal.load_base
 
+    def measured(*args):
+        tracemalloc.start()
+        load_base(*args)
+        read.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
 
-def _resident(which: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(which)) * 1024
+    Packed.of(torch.ones(64, 64)).dense(torch.float32)  # bitsandbytes is imported from now on
+    rehearsal.load_base = measured
+    try:
+        with torch.autograd.profiler.profile(profile_memory=True) as profile:
+            load(args, model, optimizer)
+    finally:
+        rehearsal.load_base = load_base
+    events = sorted((e.start_ns(), e.nbytes()) for e in profile.kineto_results.events() if e.name() == "[memory]")
+    most = max(itertools.accumulate(size for _, size in events))
+    # As many bytes of codes as there were unset ones; that those go is not among the events.
+    return most - unset, read[0], max(p.nbytes for p in packed), sum(p.nbytes for p in packed)
 
 
 def refused_bases(layout: Layout, hf_dir, directories, work):

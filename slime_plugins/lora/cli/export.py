@@ -100,6 +100,7 @@ def _export(projections, checkpoint, base, args: argparse.Namespace) -> None:
     from slime_plugins.lora.peft.directory import write_adapter
     from slime_plugins.lora.peft.form import to_peft
     from slime_plugins.lora.peft.serve_dir import make_serve_dir
+    from slime_plugins.lora.quant.dequantize import is_dequantised
 
     adapter = to_peft(
         projections,
@@ -109,7 +110,8 @@ def _export(projections, checkpoint, base, args: argparse.Namespace) -> None:
         moe_format=args.moe_format,
     )
     digest = weights_digest(base, checkpoint.manifest.base["dtype"])
-    write_adapter(args.out, *adapter, base=base, base_digest=digest, base_quant=checkpoint.base_quant)
+    quant = None if is_dequantised(base.directory) else checkpoint.base_quant  # it lies on dense weights there
+    write_adapter(args.out, *adapter, base=base, base_digest=digest, base_quant=quant)
     if args.serve_dir:
         make_serve_dir(args.hf_checkpoint, args.out, args.serve_dir)
         print(f"serve it with: transformers serve {args.serve_dir}")
@@ -117,15 +119,12 @@ def _export(projections, checkpoint, base, args: argparse.Namespace) -> None:
 
 def _merge(projections, quant, base, args: argparse.Namespace) -> None:
     from slime_plugins.lora.base.merge import merge_checkpoint
+    from slime_plugins.lora.quant.dequantize import as_trained
 
-    onto: dict = {}
-    if quant is not None and args.merge_onto == "trained":
-        from slime_plugins.lora.quant.dequantize import packed_weights, through_codes
-
-        names = packed_weights(base, quant)
-        onto = {"stored": through_codes(quant, names), "also": names}
+    onto = as_trained(base, quant) if args.merge_onto == "trained" else {}
+    if onto:
         print(f"merging onto the {quant.form} base that it was trained on, dequantised")
-    elif quant is not None:
+    elif as_trained(base, quant):
         print(
             f"slime-lora: warning: the adapter was trained on a {quant.form} base; merged onto the original weights "
             "it answers otherwise",

@@ -30,10 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the model; 0, or the error that ``cli.main`` prints."""
+    from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+    from slime_plugins.lora.peft.directory import open_tensors
     from slime_plugins.lora.peft.merge import merge_adapter
+    from slime_plugins.lora.quant.dequantize import as_trained
 
     check_out("--out", args.out, {"ADAPTER_DIR": args.adapter, "--hf-checkpoint": args.hf_checkpoint})
-    merged = merge_adapter(args.adapter, args.hf_checkpoint, args.out)
+    base, quant = BaseCheckpoint(args.hf_checkpoint), open_tensors(args.adapter).base_quant
+    onto = as_trained(base, quant)
+    if quant is not None and onto:
+        print(f"merging onto the {quant.form} base that it was trained on, dequantised")
+    merged = merge_adapter(args.adapter, base, args.out, **onto)
     print(f"{args.adapter}: {merged.modules} matrices merged")
     print(f"base compared: {merged.compared}")
     print(lost(merged.rounding))

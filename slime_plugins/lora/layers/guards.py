@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -54,10 +55,16 @@ def _refuse_fused(name: str, module: torch.nn.Module) -> None:
             f"{name} computes from the weights of its linears (--use-transformer-engine-op-fuser) and would never "
             "call their adapters; drop --use-transformer-engine-op-fuser"
         )
+    if any(kind.__name__ == "AbsorbedMLASelfAttention" for kind in type(module).__mro__):
+        raise UsageError(
+            f"{name} (AbsorbedMLASelfAttention) multiplies with the halves of kv_b_proj's weight itself and calls no "
+            "linear of it: kv_b_proj would have no adapter; use Megatron's MLASelfAttention"
+        )
     if getattr(module, "_slime_deepgemm_forward_wrapped", False):
         raise UsageError(
             f"{name} has the forward of slime's deepgemm alignment, past its adapter; drop --megatron-deepgemm-*"
         )
+    _refuse_freed(name, module, config)
     impl = getattr(config, "cuda_graph_impl", "none")
     if (
         getattr(config, "enable_cuda_graph", False)
@@ -71,4 +78,18 @@ def _refuse_fused(name: str, module: torch.nn.Module) -> None:
         raise UsageError(
             f"{name} is to be captured in a CUDA graph, which would replay adapters that have been switched off for "
             "the reference or a teacher; drop --enable-cuda-graph, --external-cuda-graph and --cuda-graph-impl"
+        )
+
+
+def _refuse_freed(name: str, module: torch.nn.Module, config: Any) -> None:
+    """Megatron's overlap of all-to-alls gives an expert's input back once TE has cast it; A's gradient is made of it.
+
+    (``should_free_input`` in ``fine_grained_callables.py``.)
+    """
+    experts = getattr(getattr(module, "lora", None), "experts", None)
+    low = getattr(config, "fp8", None) or getattr(config, "fp4", None)
+    if experts is not None and low and getattr(config, "overlap_moe_expert_parallel_comm", False):
+        raise UsageError(
+            f"{name} would have its input's memory given back before its adapter's backward "
+            "(--overlap-moe-expert-parallel-comm with FP8 or FP4); drop one of them, or exclude the experts"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,13 +27,18 @@ class Merged:
 
 
 def merge_adapter(
-    adapter_dir: str | os.PathLike, hf_checkpoint: str | os.PathLike | BaseCheckpoint, out_dir: str | os.PathLike
+    adapter_dir: str | os.PathLike,
+    hf_checkpoint: str | os.PathLike | BaseCheckpoint,
+    out_dir: str | os.PathLike,
+    **onto: Any,
 ) -> Merged:
     """Write a copy of the base with the adapter in it, whole or not at all.
 
     Every changed tensor is PEFT's ``merge_and_unload()`` in float32, rounded once to the base's dtype. Neither the
     base nor the adapter is ever in memory: what is, is one matrix of the base and its pair.
 
+    Args:
+        onto: ``stored`` and ``also`` of ``merge_checkpoint``, for a base that trained in another form.
     Raises:
         UsageError: ``hf_checkpoint`` is no checkpoint, or ``out_dir`` holds something.
         ValueError, OSError: the adapter is damaged, is more than lora_A and lora_B, changes nothing, does not fit the
@@ -47,7 +53,7 @@ def merge_adapter(
     updates = [_update(source, module) for module in source.modules]
     if not any(update.trained for update in updates):
         raise ValueError(f"{adapter_dir}: every lora_B is zero, it is untrained and merging it would give the base")
-    return Merged(len(updates), compared, merge_checkpoint(updates, base, out_dir))
+    return Merged(len(updates), compared, merge_checkpoint(updates, base, out_dir, **onto))
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,7 @@ def test_flags_without_use_lora_are_refused(flag):
         ("", dict(moe_shared_expert_overlap=True, **SHARED), "--lora-exclude-modules shared_experts.linear_fc1"),
         ("", dict(megatron_deepgemm_forward_layers="all"), "drop them"),
         ("", dict(megatron_deepgemm_moe_forward_layers="all"), "drop them"),
+        ("", dict(overlap_moe_expert_parallel_comm=True, fp8="e4m3", num_experts=8), "--lora-exclude-modules experts"),
         ("", dict(delay_wgrad_compute=True), "Pop empty queue.*drop it"),
         ("", dict(enable_cuda_graph=True), "drop them"),
         ("", dict(cuda_graph_impl="transformer_engine"), "drop them"),

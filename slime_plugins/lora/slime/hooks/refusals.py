@@ -272,6 +272,17 @@ TRAINING = (
         "exclude them with --lora-exclude-modules shared_experts.linear_fc1 shared_experts.linear_fc2",
     ),
     Refusal(
+        "experts' inputs given back",
+        lambda launch: (
+            launch.given("overlap_moe_expert_parallel_comm")
+            and any(launch.given(name) for name in ("fp8", "fp8_format", "fp4", "fp4_format"))
+            and launch.moe
+        ),
+        "--overlap-moe-expert-parallel-comm with FP8 or FP4 gives the experts' inputs back once they are cast, and "
+        "their adapters' gradients are made of them; drop one of them, or --lora-exclude-modules experts.linear_fc1 "
+        "experts.linear_fc2",
+    ),
+    Refusal(
         "linear attention over context parallelism",
         lambda launch: (launch.given("context_parallel_size") or 1) > 1 and _linear_attention(launch),
         "--context-parallel-size above 1 on a base with linear attention: slime's gather drops the gradients that "
