@@ -824,7 +824,7 @@ BREAKS = [
         "control",
         "merge a 4-bit adapter onto the dense base, in silence",
         "cli/onto.py::onto",
-        "    if quant is None:",
+        "    if quant is None or not found:",
         "    if True:",
         "tests/peft/test_merge_adapter.py -k 4_bit",
     ),

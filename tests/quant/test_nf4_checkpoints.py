@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM
 
 from slime_plugins.lora import BaseQuant, LoRAConfig, export_peft, import_peft
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+from slime_plugins.lora.base.merge import merge_checkpoint
+from slime_plugins.lora.checkpoint.reader import AdapterCheckpoint
 from slime_plugins.lora.checkpoint.save import save_adapter
 from slime_plugins.lora.cli import main
 from slime_plugins.lora.errors import UsageError
@@ -138,6 +140,11 @@ def test_ends(pool2, saved, tmp_path_factory, tmp_path, capsys):
     merged = [load_file(tmp_path / f"merged-{kind}" / "model.safetensors") for kind in ("codes", "dense")]
     assert merged[0].keys() == merged[1].keys() and any(not torch.equal(merged[0][k], written[k]) for k in written)
     assert all(torch.equal(merged[0][name], tensor) for name, tensor in merged[1].items())
+    merge_checkpoint(
+        list(AdapterCheckpoint(out / "run").projections()), dense, tmp_path / "expected"
+    )  # not through codes
+    expected = load_file(tmp_path / "expected" / "model.safetensors")
+    assert all(torch.equal(merged[0][name], tensor) for name, tensor in expected.items())
     assert main([*export, str(source), "--out", str(tmp_path / "merged-source")]) == 1
     assert "is not the base of" in capsys.readouterr().err
 

@@ -74,11 +74,17 @@ def check_export(tmp_path, path, dense):
     assert "nf4 while it was trained: load it with BitsAndBytesConfig(load_in_4bit=True, " in said
     assert said.endswith("ok")
     projections = list(AdapterCheckpoint(tmp_path / "ckpt").projections())
-    for flags, base in (((), dense), (("--merge-onto", "original"), path)):
-        out = tmp_path / f"merged-{base.name}"
-        assert main([*export, str(out), "--merge", *flags]) == 0
-        merge_checkpoint(projections, base, tmp_path / f"expected-{base.name}")
-        merged, expected = (load_file(d / "model.safetensors") for d in (out, tmp_path / f"expected-{base.name}"))
+    merge = ["merge", str(tmp_path / "adapter"), "--hf-checkpoint", str(path), "--out"]
+    for command, flags, base in (
+        (export, ("--merge",), dense),
+        (merge, (), dense),
+        (export, ("--merge", "--merge-onto", "original"), path),
+    ):
+        out = tmp_path / f"merged-{base.name}-by-{command[0]}"
+        assert main([*command, str(out), *flags]) == 0
+        expected = tmp_path / f"expected-{base.name}-by-{command[0]}"
+        merge_checkpoint(projections, base, expected)
+        merged, expected = (load_file(d / "model.safetensors") for d in (out, expected))
         assert merged.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())
 

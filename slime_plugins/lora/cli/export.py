@@ -103,6 +103,7 @@ def _export(projections, rows, checkpoint, base, args: argparse.Namespace) -> No
     from slime_plugins.lora.peft.form import to_peft
     from slime_plugins.lora.peft.rows import with_rows
     from slime_plugins.lora.peft.serve_dir import make_serve_dir
+    from slime_plugins.lora.quant.dequantize import is_dequantised
 
     adapter = None
     if projections or not rows:
@@ -120,7 +121,8 @@ def _export(projections, rows, checkpoint, base, args: argparse.Namespace) -> No
     if unread:
         print(f"slime-lora: warning: {unread}", file=sys.stderr)
     digest = weights_digest(base, checkpoint.manifest.base["dtype"])
-    write_adapter(args.out, *adapter, base=base, base_digest=digest, base_quant=checkpoint.base_quant)
+    quant = None if is_dequantised(base.directory) else checkpoint.base_quant  # it lies on dense weights there
+    write_adapter(args.out, *adapter, base=base, base_digest=digest, base_quant=quant)
     extra = extra_of(checkpoint.path.parent)
     put_extra(args.out, extra)
     if extra:

@@ -24,7 +24,10 @@ def add_merge_onto(parser: argparse.ArgumentParser) -> None:
 
 def onto(quant: BaseQuant | None, base: BaseCheckpoint, wanted: str) -> dict[str, Any]:
     """Arguments for ``merge_checkpoint``; says which base it is, where there are two."""
-    if quant is None:
+    from slime_plugins.lora.quant.dequantize import as_trained
+
+    found = as_trained(base, quant)
+    if quant is None or not found:
         return {}
     if wanted == "original":
         print(
@@ -33,8 +36,5 @@ def onto(quant: BaseQuant | None, base: BaseCheckpoint, wanted: str) -> dict[str
             file=sys.stderr,
         )
         return {}
-    from slime_plugins.lora.quant.dequantize import packed_weights, through_codes
-
-    names = packed_weights(base, quant)
     print(f"merging onto the {quant.form} base that it was trained on, dequantised")
-    return {"stored": through_codes(quant, names), "also": names}
+    return found

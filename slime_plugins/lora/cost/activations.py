@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from slime_plugins.lora.cost.memory import Adapter, Trained, adapters_of, vocabulary_rows
 from slime_plugins.lora.cost.model import BYTES, Model, Split, layer_of, shards_of
+from slime_plugins.lora.errors import UsageError
 
 RECOMPUTE = ("none", "selective", "full")
 """Megatron's ``--recompute-granularity``: nothing, core attention, whole layers one by one."""
@@ -74,7 +75,15 @@ def stage_activations(
     dtype: str = "bfloat16",
     kernels: Kernels | None = None,
 ) -> list[StageActivations]:
-    """Of a rank of each pipeline stage. ``recompute``: one of ``RECOMPUTE``. Raises as ``memory.cost_of``."""
+    """Of a rank of each pipeline stage.
+
+    Args:
+        recompute: one of ``RECOMPUTE``.
+    Raises:
+        UsageError: as ``memory.cost_of``; tokens that sequence parallelism cannot cut.
+    """
+    if batch.tokens % (split.tp if split.sp else 1):
+        raise UsageError(f"--tokens {batch.tokens} is no multiple of --tp {split.tp}; sequence parallelism needs one")
     reckoning = _Reckoning(model, trained, split, batch, BYTES[dtype], kernels or Kernels())
     return [reckoning.stage(stage, recompute) for stage in range(split.pp)]
 

@@ -69,7 +69,7 @@ def draw(comparisons: list[Comparison], path: str | os.PathLike, gpu_bytes: int,
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 1.2 + 3.2 * len(comparisons)), layout="constrained")
+    figure = Figure(figsize=(11, 1.2 + 3.2 * len(comparisons)), layout="constrained")
     FigureCanvasAgg(figure)
     for axis, comparison in zip(figure.subplots(len(comparisons), squeeze=False)[:, 0], comparisons):
         _panel(axis, comparison, gpu_bytes)
@@ -90,4 +90,4 @@ def _panel(axis, comparison: Comparison, gpu_bytes: int) -> None:
     axis.axvline(gpu_bytes / _GIB, color="tab:red", linestyle="--", label="--gpu-memory")
     axis.invert_yaxis()
     axis.set(title=comparison.model.name, xlabel="GiB on the fullest rank, full recompute")
-    axis.legend(frameon=False, fontsize="small")
+    axis.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))

@@ -41,7 +41,7 @@ def merge_adapter(
     base nor the adapter is ever in memory: what is, is one matrix of the base and its pair.
 
     Args:
-        onto: ``stored`` and ``also`` of ``merge_checkpoint``, where the base that was trained is not what is stored.
+        onto: ``stored`` and ``also`` of ``merge_checkpoint``, for a base that trained in another form.
     Raises:
         UsageError: ``hf_checkpoint`` is no checkpoint, or ``out_dir`` holds something.
         ValueError, OSError: the adapter is damaged, is more than lora_A and lora_B, changes nothing, does not fit the

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,6 +66,15 @@ def through_codes(quant: BaseQuant, names: Iterable[str]) -> Callable[[str, torc
         return nf4.decode(codes, absmax, weight.dtype)
 
     return change
+
+
+def as_trained(base: BaseCheckpoint, quant: BaseQuant | None) -> dict[str, Any]:
+    """Keywords of ``merge_checkpoint`` that put in place of a checkpoint's weights those that a 4-bit base multiplies
+    with; none where they are these already, or the base is dense. Raises as ``dequantize_checkpoint``."""
+    if quant is None or base.coded or is_dequantised(base.directory):
+        return {}
+    names = packed_weights(base, quant)
+    return {"stored": through_codes(quant, names), "also": names}
 
 
 def packed_weights(base: BaseCheckpoint, quant: BaseQuant) -> list[str]:
