@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.base.merge import merge_checkpoint
 from slime_plugins.lora.names import LINEARS, megatron_name
+from slime_plugins.lora.peft import form
 from slime_plugins.lora.peft.directory import write_adapter
 from slime_plugins.lora.peft.form import to_peft
 from slime_plugins.lora.peft.loaders import LOAD_ADAPTER, PEFT, SGLANG
@@ -167,6 +168,20 @@ def test_what_servers_leave_out_is_said(bases, tmp_path):
     assert f"vLLM leaves out 1 of 14 without an error: it serves the language model alone (first: {tower})" in said
     assert "SGLang leaves out 1 of 14" in said and "SGLang leaves out 2 of 14" in said and "q, k and v" in said
     assert "in_proj_qkv" not in report.loaders[PEFT] and report.loaders[SGLANG].count("without an error") == 2
+
+
+def test_a_convolution_of_the_same_leaf_is_no_target(bases, tmp_path):
+    """``proj`` alone would name patch_embed.proj as well, a Conv3d, to which PEFT gives an adapter of its own."""
+    path = bases("qwen2_5_vl")
+    base = BaseCheckpoint(path)
+    name = "model.visual.blocks.0.attn.proj"
+    tower = Projection(name, torch.randn(4, 16), torch.randn(16, 4), 2.0)
+    found = form.select([name, *(base.renamed(base.spelled(p.name), "module") for p in projections(base))], base)
+    assert "attn.proj" in found["target_modules"] and "proj" not in found["target_modules"]
+    pair = {f"base_model.model.{name}.lora_{half}.weight": getattr(tower, half) for half in "AB"}
+    config, tensors = to_peft(projections(base), base)
+    write_adapter(tmp_path / "adapter", config | {"exclude_modules": None} | found, tensors | pair, base=base)
+    through_peft(families.load(path, "qwen2_5_vl"), tmp_path / "adapter")
 
 
 def test_names_are_those_asked_for(bases, tmp_path):

@@ -200,6 +200,11 @@ class BaseCheckpoint:
             names.add("lm_head")
         return frozenset(name for name in names if "embed" not in name.rpartition(".")[2] and not self._predicts(name))
 
+    def convolutions(self, spelling: str) -> list[str]:
+        """Modules with a weight of more dimensions, in one of ``SPELLINGS``: PEFT takes them for targets, too."""
+        stored = (n.removesuffix(".weight") for n, w in self.weights.items() if len(w.shape) > 2 and ".weight" in n)
+        return [name for name in (self.named(name, spelling) for name in stored) if name is not None]
+
     def _predicts(self, name: str) -> bool:
         """Is this of multi-token prediction, which models of transformers leave in the files?"""
         layer, layers = self.layer_of(name), self.text_config.get("num_hidden_layers")

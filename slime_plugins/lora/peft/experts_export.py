@@ -61,7 +61,7 @@ def unread_by_peft(base: BaseCheckpoint, names: str, moe_format: str, modules: I
         return None
     return (
         f"PEFT and transformers do not read the experts of {family} one by one and leave them out; for them use "
-        "--moe-format fused, which servers do not read"
+        "--moe-format fused, which SGLang does not read"
     )
 
 

@@ -80,7 +80,8 @@ def select(adapted: Iterable[str], base: BaseCheckpoint, names: str = "module") 
     Args:
         names: what ``adapted`` are spelled in, one of ``base.spelling.SPELLINGS``.
     """
-    known, language, adapted = base.names(names), base.named(base.layer_prefix, names), set(adapted)
+    known = [*base.names(names), *base.convolutions(names)]
+    language, adapted = base.named(base.layer_prefix, names), set(adapted)
 
     def tower(module: str) -> str:
         return "" if module.startswith(str(language)) else module.removeprefix("model.").partition(".")[0]

@@ -19,6 +19,8 @@ _BOTH_IN_VLLM = {"qwen2_vl", "qwen2_5_vl", "llava"}
 """Families whose map in vLLM has the names of the files and those of the modules."""
 _BOTH_IN_PEFT = {"llava"}
 """Families of which PEFT renames the names of the files, too."""
+_THREE_DIMENSIONS_IN_VLLM = {"qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe"}
+"""Families whose experts vLLM (0.33) has stacked (``is_3d_moe_weight``), so that it reads fused adapters of them."""
 _SLICED_BY_SGLANG = (".linear_attn.in_proj_qkv", ".linear_attn.in_proj_z")
 
 
@@ -124,6 +126,11 @@ def _experts_fused(adapted: Adapted, module: str) -> bool:
     return experts_of(module) is not None and adapted.fused
 
 
+def _other_form_than_vllms(adapted: Adapted, module: str) -> bool:
+    stacked = adapted.base.model_type(adapted.spelling) in _THREE_DIMENSIONS_IN_VLLM
+    return experts_of(module) is not None and adapted.fused is not stacked
+
+
 _FOR_TEXT = Rule("named for the language model's own class, it acts on that alone", _other_class, warns=False)
 _ONE_BY_ONE = Rule("of this family it reads fused experts alone: --moe-format fused", _experts_one_by_one)
 _FUSED = Rule("it reads experts one by one: --moe-format per-expert", _experts_fused, warns=False)
@@ -142,7 +149,7 @@ _RULES: dict[str, tuple[Rule, ...]] = {
             lambda adapted, module: module.endswith(".kv_b_proj"),
             warns=False,
         ),
-        _FUSED,
+        Rule("it reads the other form of this family's experts: --moe-format", _other_form_than_vllms, warns=False),
     ),
     SGLANG: (
         Rule("it serves the language model's layers alone", Adapted.is_tower),

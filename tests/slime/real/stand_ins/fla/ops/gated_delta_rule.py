@@ -1,4 +1,7 @@
-"""transformers' delta rule, sequence by sequence."""
+"""The gated delta rule, token by token in fp32 (Yang et al. 2024, arXiv:2412.06464, equation 10).
+
+transformers 5 takes this package for the real one where it is on the path, so it is not asked for its own.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,23 @@ import torch
 
 
 def chunk_gated_delta_rule(
-    query, key, value, *, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens
+    query, key, value, *, g, beta, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel, cu_seqlens
 ):
     """[1, tokens, heads, dim] each, g and beta [1, tokens, heads] -> like value, and no state."""
-    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
-
-    assert initial_state is None and not output_final_state and use_qk_l2norm_in_kernel
-    parts = []
+    assert initial_state is None and not output_final_state and use_qk_l2norm_in_kernel and query.shape[0] == 1
+    q, k = (_unit(tensor[0].float()) for tensor in (query, key))
+    q, v = q * q.shape[-1] ** -0.5, value[0].float()
+    outputs = []
     for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
-        one = (tensor[:, start:end] for tensor in (query, key, value))
-        parts.append(
-            torch_chunk_gated_delta_rule(
-                *one, g=g[:, start:end], beta=beta[:, start:end], use_qk_l2norm_in_kernel=True,
-                initial_state=None, output_final_state=False,
-            )[0]
-        )  # fmt: skip
-    rest = torch.zeros_like(value[:, int(cu_seqlens[-1]) :])
-    return torch.cat([*parts, rest], 1), None
+        state = q.new_zeros(q.shape[1], q.shape[2], v.shape[2])
+        for t in range(start, end):
+            state = state * g[0, t].float().exp()[:, None, None]
+            error = v[t] - torch.einsum("hkv,hk->hv", state, k[t])
+            state = state + torch.einsum("hk,hv->hkv", k[t], error * beta[0, t].float()[:, None])
+            outputs.append(torch.einsum("hkv,hk->hv", state, q[t]))
+    outputs += [torch.zeros_like(v[0])] * (v.shape[0] - len(outputs))
+    return torch.stack(outputs)[None].to(value.dtype), None
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
