@@ -19,8 +19,8 @@ CKPT_ARGS=(
    # the base that is frozen, and with it the reference policy: adapters off, no second copy of the model
    --ref-load "${BASE_DIR}/Qwen3-30B-A3B_torch_dist"
    # adapters and their optimizer state only: 14 bytes per adapter parameter, loadable at any TP, EP and PP
-   --load "${BASE_DIR}/Qwen3-30B-A3B_gkd/"
-   --save "${BASE_DIR}/Qwen3-30B-A3B_gkd/"
+   --load "${BASE_DIR}/Qwen3-30B-A3B_lora_gkd/"
+   --save "${BASE_DIR}/Qwen3-30B-A3B_lora_gkd/"
    --save-interval 20
 )
 
@@ -144,7 +144,7 @@ JOB_ARGS=(
    "${MISC_ARGS[@]}"
 )
 check_job "${JOB_ARGS[@]}"
-start_ray "${BASE_DIR}/Qwen3-30B-A3B_gkd"
+start_ray "${BASE_DIR}/Qwen3-30B-A3B_lora_gkd"
 
 set -x
 ray job submit --address="${JOB_ADDRESS}" --runtime-env-json="${RUNTIME_ENV_JSON}" \

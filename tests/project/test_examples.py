@@ -87,7 +87,7 @@ def test_the_qwen3_4B_script_trains_what_it_says(machine):
 
 
 WRITTEN = (
-    *("Qwen3-4B_lora", "Qwen3-0.6B_lora", "Qwen3-30B-A3B_lora", "Qwen3-30B-A3B_gkd", "Qwen3-4B-Base_lora_sft"),
+    *("Qwen3-4B_lora", "Qwen3-0.6B_lora", "Qwen3-30B-A3B_lora", "Qwen3-30B-A3B_lora_gkd", "Qwen3-4B-Base_lora_sft"),
     "Qwen3-4B_adapters",
 )
 MISSING = {
