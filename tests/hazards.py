@@ -629,7 +629,7 @@ BREAKS = [
         "tests/layers/test_new_variant.py -k swapped",
     ),
     Break(
-        "22",
+        "23",
         "softmax sums over this rank's columns alone",
         "objectives/divergence.py::_chunk",
         '    reduce(sums, "sum")\n',
@@ -637,7 +637,7 @@ BREAKS = [
         "tests/objectives/test_divergence.py -k shared_vocabulary",
     ),
     Break(
-        "23",
+        "24",
         "give padding columns a share of both policies",
         "objectives/divergence.py::Vocabulary.real",
         None,
@@ -645,7 +645,7 @@ BREAKS = [
         "tests/objectives/test_divergence.py -k one_process",
     ),
     Break(
-        "24",
+        "25",
         "leave the adapters on while the base teaches",
         "objectives/teacher.py::Teacher.active",
         'if self._kind == "base"',
@@ -653,7 +653,7 @@ BREAKS = [
         "tests/slime/hooks/test_slime_gkd.py -k loss",
     ),
     Break(
-        "25",
+        "26",
         "take the teacher's rows one token late",
         "objectives/gkd.py::at_students_tokens",
         "hidden_NSH[source > 0]",
@@ -661,7 +661,7 @@ BREAKS = [
         "tests/rehearsal/test_gkd_trainer.py -k equals_oracle",
     ),
     Break(
-        "25",
+        "26",
         "predict a response's tokens from one row late, in slime",
         "slime/hooks/gkd.py::_rows",
         "rows[:, 0].long()",
@@ -669,7 +669,7 @@ BREAKS = [
         "tests/slime/hooks/test_slime_gkd.py -k loss",
     ),
     Break(
-        "26",
+        "27",
         "find what the teacher said by the order of samples",
         "slime/hooks/gkd.py::_taught",
         "return _current.hidden.pop(id(tokens))[1]",
@@ -677,7 +677,7 @@ BREAKS = [
         "tests/slime/hooks/test_slime_gkd.py -k loss",
     ),
     Break(
-        "26",
+        "27",
         "leave a response where it was cut behind the teacher's prompt",
         "slime/hooks/gkd.py::_at_students_places",
         "group.size() == 1",

@@ -86,7 +86,10 @@ def test_the_qwen3_4B_script_trains_what_it_says(machine):
     assert 1e-5 <= args.lr <= 1e-4
 
 
-WRITTEN = ("Qwen3-4B_lora", "Qwen3-0.6B_lora", "Qwen3-30B-A3B_lora", "Qwen3-4B-Base_lora_sft", "Qwen3-4B_adapters")
+WRITTEN = (
+    *("Qwen3-4B_lora", "Qwen3-0.6B_lora", "Qwen3-30B-A3B_lora", "Qwen3-30B-A3B_lora_gkd", "Qwen3-4B-Base_lora_sft"),
+    "Qwen3-4B_adapters",
+)
 MISSING = {
     "SLIME_DIR": lambda machine: shutil.rmtree(machine.slime),
     "scripts/models": lambda machine: shutil.rmtree(machine.slime / "scripts/models"),

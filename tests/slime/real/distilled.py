@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,22 +23,25 @@ PREFIX = "t5 t6 t7 "
 class Reference:
     """The harness's model and samples, with a student's adapter of all linears.
 
-    Runs start from a copy of the directory (``of=`` and ``--keep``): another transformers
-    draws another model.
+    Runs start from a copy of the directory (``of=`` and ``--keep``): each transformers draws
+    another model.
     """
 
     where: Path
     kind: str
 
     @classmethod
-    def make(cls, harness_dir: Path, where: Path, kind: str) -> Reference:
-        sys.path.insert(0, str(harness_dir))
-        import fixtures
-
+    def make(cls, harness_dir: Path, slime_python: str, where: Path, kind: str) -> Reference:
+        """``slime_python`` writes model and tokenizer: an older transformers does not read those of a newer one."""
         reference = cls(where, kind)
-        fixtures.make_model(reference.hf, 0, kind=kind)
-        fixtures.make_model(reference.other, 1, kind=kind)
-        fixtures.make_rollouts(where / "rollouts", reference.hf, 1, seed=0)
+        files = f"""
+import sys; sys.path.insert(0, {str(harness_dir)!r})
+import fixtures
+fixtures.make_model({str(reference.hf)!r}, 0, kind={kind!r})
+fixtures.make_model({str(reference.other)!r}, 1, kind={kind!r})
+fixtures.make_rollouts({str(where / "rollouts")!r}, {str(reference.hf)!r}, 1, seed=0)
+"""
+        subprocess.run([slime_python, "-c", files], check=True, capture_output=True)
         reference._write(reference.adapter, reference._values(RANK), RANK, ALPHA)
         some = {name: pair for name, pair in reference._values(6).items() if "self_attn" in name}
         reference._write(reference.attention, some, 6, 6)

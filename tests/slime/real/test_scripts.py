@@ -45,7 +45,8 @@ for job in json.load(sys.stdin):
     sys.argv = job["argv"]
     try:
         args = parse_args()
-        result = {k: v for k, v in vars(args).items() if k.startswith(("lora", "use_lora", "sglang_")) or k == "load"}
+        ours = ("lora", "use_lora", "gkd", "sglang_", "load", "loss_type")
+        result = {k: v for k, v in vars(args).items() if k.startswith(ours)}
         result["unknown"] = [w for w in sys.argv if w.startswith("--") and w.split("=")[0] not in known]
     except (Exception, SystemExit):
         result = {"error": traceback.format_exc()}
@@ -116,3 +117,8 @@ def test_what_follows_from_the_flags(parsed):
     assert small["sglang_enable_weights_cpu_backup"], "colocated engines are offloaded and keep their base"
     (large,) = parsed["run-qwen3-4B-lora.sh"]
     assert not large["sglang_enable_lora"] and large["load"].endswith("Qwen3-4B_torch_dist")
+    (taught,) = parsed["run-qwen3-30B-A3B-gkd.sh"]
+    assert (taught["lora_r"], taught["lora_alpha"], taught["lora_dropout"]) == (8, 16.0, 0.05)
+    assert taught["lora_target_modules"] == ["all-linear"]
+    assert taught["loss_type"] == "custom_loss"
+    assert taught["gkd_teacher_prompt_template"].startswith("<|im_start|>system\n")

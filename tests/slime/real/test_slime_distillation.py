@@ -24,13 +24,13 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def dense(harness_dir, tmp_path_factory):
-    return Reference.make(harness_dir, tmp_path_factory.mktemp("dense"), "qwen3")
+def dense(harness_dir, slime_python, tmp_path_factory):
+    return Reference.make(harness_dir, slime_python, tmp_path_factory.mktemp("dense"), "qwen3")
 
 
 @pytest.fixture(scope="module")
-def experts(harness_dir, tmp_path_factory):
-    return Reference.make(harness_dir, tmp_path_factory.mktemp("experts"), "qwen3moe")
+def experts(harness_dir, slime_python, tmp_path_factory):
+    return Reference.make(harness_dir, slime_python, tmp_path_factory.mktemp("experts"), "qwen3moe")
 
 
 @pytest.fixture(scope="module")
