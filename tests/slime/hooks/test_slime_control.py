@@ -203,37 +203,12 @@ def test_the_doctor_reads_no_data_and_ends_no_process():
     """It knows the words alone: neither slime's readers nor what --eval-config names."""
     from slime_plugins.lora.slime import checkup
 
-    words = [
-        "--use-lora",
-        "--num-layers",
-        "2",
-        "--lr",
-        "1e-4",
-        "--save",
-        "s",
-        "--lr-plateau-metric",
-        "eval/a",
-        "--eval-interval",
-        "2",
-        "--load",
-        "x",
-    ]
-    assert [finding.state for finding in checkup._arguments(words)] == ["ok"]
-    words = [
-        "--use-lora",
-        "--num-layers",
-        "2",
-        "--lr",
-        "1e-4",
-        "--save",
-        "s",
-        "--val-interval",
-        "1",
-        "--val-data",
-        "nowhere",
-    ]
-    assert [finding.state for finding in checkup._arguments(words)] == ["ok"]
-    (wrong,) = checkup._arguments([*words, "--lr-plateau-metric", "loss"])
+    plain = ["--use-lora", "--num-layers", "2", "--lr", "1e-4", "--save", "s", "--load", "x"]
+    by_rewards = [*plain, "--lr-plateau-metric", "eval/a", "--eval-interval", "2"]
+    by_loss = [*plain, "--val-interval", "1", "--val-data", "nowhere"]
+    for words in (by_rewards, by_loss):
+        assert [finding.state for finding in checkup._arguments(words)] == ["ok"]
+    (wrong,) = checkup._arguments([*by_loss, "--lr-plateau-metric", "loss"])
     assert "expected val_loss or eval/NAME" in wrong.text
 
 
