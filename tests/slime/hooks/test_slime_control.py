@@ -199,6 +199,19 @@ def test_rewards_are_kept_from_slimes_own_evaluation():
         assert manager.lora_evaluation(4) == {}, "of another rollout"
 
 
+def test_the_doctor_reads_no_data_and_ends_no_process():
+    """It knows the words alone: neither slime's readers nor what --eval-config names."""
+    from slime_plugins.lora.slime import checkup
+
+    plain = ["--use-lora", "--num-layers", "2", "--lr", "1e-4", "--save", "s", "--load", "x"]
+    by_rewards = [*plain, "--lr-plateau-metric", "eval/a", "--eval-interval", "2"]
+    by_loss = [*plain, "--val-interval", "1", "--val-data", "nowhere"]
+    for words in (by_rewards, by_loss):
+        assert [finding.state for finding in checkup._arguments(words)] == ["ok"]
+    (wrong,) = checkup._arguments([*by_loss, "--lr-plateau-metric", "loss"])
+    assert "expected val_loss or eval/NAME" in wrong.text
+
+
 def test_flags_without_use_lora_are_refused():
     args = SimpleNamespace(val_data=None, val_interval=3, lr_plateau_metric="val_loss")
     with pytest.raises(UsageError, match="--val-interval, --lr-plateau-metric given without --use-lora"):

@@ -115,6 +115,7 @@ def validation(validate):
         if hasattr(args, "use_lora"):
             complete(args)
             validate_in_slime(args)
+            control.set_up(args)  # last: it may end the process
         return result
 
     return hooked
@@ -157,7 +158,7 @@ def validate_in_slime(args: Namespace) -> None:
         logger.warning("LoRA: --load %s is resumed; --lora-adapter-path is not read", args.load)
     if args.lora_sync == "adapter" and not args.debug_train_only:
         serve_adapters(args)
-    control.set_up(args)
+    control.check_rule(args)
 
 
 def _warn_of_quantised_rollouts(args: Namespace) -> None:

@@ -48,15 +48,21 @@ def refuse_unread(args: Namespace) -> None:
         raise UsageError(f"{shown} given without --use-lora; add --use-lora, or drop them")
 
 
+def check_rule(args: Namespace) -> None:
+    """Raise UsageError for flags that make no rule; of a doctor's arguments too, which may lack slime's defaults."""
+    if getattr(args, "lr", None) is not None or args.lr_plateau_metric is None:
+        rule_of(args)
+
+
 def set_up(args: Namespace) -> None:
-    """Check flags and validation data; end the process, with exit code 0, where the run to go on with has stopped.
+    """Check validation data and evaluations; end the process, with exit code 0, where the run to go on has stopped.
 
     Raises:
         UsageError: with the reason and the way out.
     """
-    rule = rule_of(args)
     if not wanted(args):
         return
+    rule = rule_of(args)
     if args.val_data is not None:
         from slime_plugins.lora.slime.hooks.control.data import read
 
