@@ -262,6 +262,24 @@ def test_the_commands_carry_rows(pool1, bases, tied, config, tmp_path, capsys):
         assert adapted.relative(logits - expected, expected) < 1e-5, merged_dir
 
 
+def test_a_baked_base_takes_a_plain_adapter(pool1, bases, tmp_path, capsys):
+    """What vLLM and SGLang are given: no field of theirs that they would refuse or pass over."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base, out = bases[False], tmp_path
+    expected = pool1.run(save_and_logits, base, LORA, out / "saved")[0]
+    words = ["--checkpoint", out / "saved", "--hf-checkpoint", base, "--out", out / "adapter"]
+    assert main(["export", *map(str, words), "--bake-tokens", str(out / "baked")]) == 0, capsys.readouterr()
+    assert main(["verify", str(out / "adapter"), "--hf-checkpoint", str(out / "baked")]) == 0
+    assert "token" not in (out / "adapter" / "adapter_config.json").read_text()
+    model = AutoModelForCausalLM.from_pretrained(out / "baked", dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        logits = PeftModel.from_pretrained(model, out / "adapter")(reference.batch(128)[:, :-1]).logits
+    assert adapted.relative(logits - expected, expected) < 1e-5
+    assert main(["export", *map(str, words), "--bake-tokens", str(out / "x"), "--merge"]) == 2
+
+
 def save_and_logits(layout: Layout, base, config, out):
     chunks = adapted.adapted_chunks(base, config)
     if config.target_modules:

@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import os
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from slime_plugins.lora.base.checkpoint import INDEX, MERGEABLE, BaseCheckpoint
-from slime_plugins.lora.base.rewrite import check_empty, copy_others
+from slime_plugins.lora.base.rewrite import check_empty, copy_others, link
 from slime_plugins.lora.base.tokens import NewToken, is_one_token, load_tokenizer, pieces, token_ids
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.files.atomic import replaced_directory
@@ -86,7 +85,7 @@ def add_tokens(
         for file in base.files:
             held = {name: w for name, w in base.weights.items() if w.file == file}
             if held.keys().isdisjoint(names):
-                links[_link(file, new / file.name)] += 1
+                links[link(file, new / file.name)] += 1
             else:
                 _write(new / file.name, held, {name: start.rows(name) for name in held if name in names}, ids, size)
         _note_index(base, new)
@@ -248,19 +247,6 @@ def _stream(weight: Stored, target) -> None:
                 raise ValueError(f"{weight.file}: was cut while it was read")
             target.write(data)
             left -= len(data)
-
-
-def _link(file: Path, place: Path) -> str:
-    """Put a file at another name without a copy, if that can be. Returns how."""
-    source = os.path.realpath(file)
-    for how, make in (("hard link", os.link), ("symbolic link", os.symlink)):
-        try:
-            make(source, place)
-        except OSError:  # another file system, or one without links
-            continue
-        return how
-    shutil.copyfile(source, place)
-    return "copy"
 
 
 def _note_tokens(new: Path, tokens: Sequence[NewToken], ids: list[int]) -> None:

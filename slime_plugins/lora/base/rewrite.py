@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -28,7 +29,9 @@ def rewrite(
     names: Collection[str],
     change: Callable[[str, torch.Tensor], torch.Tensor],
     inspect: Callable[[Path], None] | None = None,
-) -> None:
+    *,
+    link_rest: bool = False,
+) -> Counter[str]:
     """Write the copy, whole or not at all: one tensor in memory at a time.
 
     Files, index, tensor order, shapes and dtypes stay those of the base. The copy of one that holds codes is dense.
@@ -37,22 +40,43 @@ def rewrite(
         names: of the tensors that change.
         change: name, value -> the new value, of the same shape and dtype.
         inspect: called with the finished directory before it takes its place.
+        link_rest: files of weights in which nothing changes are links to the base's.
+    Returns:
+        how files were linked -> their number.
     Raises:
         UsageError: ``out`` holds something.
         ValueError: a file that is a link to elsewhere (those of a Hugging Face cache are followed).
     """
     check_empty(out)
+    links = Counter[str]()
     with replaced_directory(out, drop=()) as new:
         copy_others(base, new)
         if base.coded:
             _write_dense(base, new, names, change)
         for file in [] if base.coded else sorted(base.files):
             weights = {n: w for n, w in base.weights.items() if w.file == file and n in names}
+            if link_rest and not weights:
+                links[link(file, new / file.name)] += 1
+                continue
             first = next(weight for weight in base.weights.values() if weight.file == file)
             with first.open() as source, open(new / file.name, "wb") as target:
                 _rewrite_file(source, target, weights, change)
         if inspect is not None:
             inspect(new)
+    return links
+
+
+def link(file: Path, place: Path) -> str:
+    """Put a file at another name without a copy, if that can be. Returns how."""
+    source = os.path.realpath(file)
+    for how, make in (("hard link", os.link), ("symbolic link", os.symlink)):
+        try:
+            make(source, place)
+        except OSError:  # another file system, or one without links
+            continue
+        return how
+    shutil.copyfile(source, place)
+    return "copy"
 
 
 def check_empty(out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from slime_plugins.lora.cli.arguments import add_names, check_out, lost, place
 from slime_plugins.lora.cli.onto import add_merge_onto, onto
@@ -55,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_names(parser)
     parser.add_argument(
+        "--bake-tokens",
+        type=place,
+        metavar="DIR",
+        help="also write a base with the trained vocabulary rows in it, links for the rest: --out is then a plain "
+        "adapter on it, which vLLM and SGLang serve",
+    )
+    parser.add_argument(
         "--serve-dir",
         type=place,
         metavar="DIR",
@@ -76,6 +84,10 @@ def run(args: argparse.Namespace) -> int:
     check_out("--out", args.out, sources)
     if args.serve_dir is not None:
         check_out("--serve-dir", args.serve_dir, sources | {"--out": args.out})
+    if args.bake_tokens is not None:
+        if args.merge:
+            raise UsageError("--merge has the trained rows in its model already; leave out --bake-tokens")
+        check_out("--bake-tokens", args.bake_tokens, sources | {"--out": args.out})
     checkpoint = AdapterCheckpoint(args.checkpoint)
     base = BaseCheckpoint(args.hf_checkpoint)
     compared = checkpoint.check_base(base)
@@ -87,12 +99,31 @@ def run(args: argparse.Namespace) -> int:
     for one in rows:
         print(f"{len(one.ids)} trained rows of {one.leaf}")
     print(f"base compared: {compared}")
+    if args.bake_tokens is not None:
+        base, rows = _bake(projections, rows, base, args.bake_tokens), []
     if args.merge:
         _merge(projections, rows, checkpoint.base_quant, base, args)
     else:
         _export(projections, rows, checkpoint, base, args)
     print(args.serve_dir or args.out)
     return 0
+
+
+def _bake(projections, rows, base, out: str):
+    """The base that has the rows; what is left of the adapter is on it."""
+    from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+    from slime_plugins.lora.base.rewrite import rewrite
+    from slime_plugins.lora.errors import UsageError
+    from slime_plugins.lora.peft.rows import written
+
+    if not rows or not projections:
+        has = "no trained vocabulary rows" if not rows else "nothing but vocabulary rows: --merge gives the same model"
+        raise UsageError(f"--bake-tokens: the checkpoint has {has}; leave it out")
+    change, names = written(rows, base)
+    links = rewrite(base, Path(out), names, change, link_rest=True)
+    how = ", ".join(f"{count} by {how}" for how, count in links.items()) or "none"
+    print(f"base with the rows: {out}; other files of weights: {how}")
+    return BaseCheckpoint(out)
 
 
 def _export(projections, rows, checkpoint, base, args: argparse.Namespace) -> None:
@@ -128,7 +159,7 @@ def _export(projections, rows, checkpoint, base, args: argparse.Namespace) -> No
     if extra:
         print(f"also trained, beside the adapter: {', '.join(extra)}, in {args.out}/{FOLDER}")
     if args.serve_dir:
-        make_serve_dir(args.hf_checkpoint, args.out, args.serve_dir)
+        make_serve_dir(args.bake_tokens or args.hf_checkpoint, args.out, args.serve_dir)
         print(f"serve it with: transformers serve {args.serve_dir}")
 
 
