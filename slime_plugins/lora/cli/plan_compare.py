@@ -98,7 +98,9 @@ def run(args: argparse.Namespace) -> int:
         print(title)
         for one in comparisons:
             model = one.model
-            print(f"\n{model.name}: {model.architecture}, {model.num_layers} layers, {model.parameters / 1e9:.2f}B")
+            dense = "; no experts, --ep and --etp do not concern it" if split != model.without_experts(split) else ""
+            sizes = f"{model.num_layers} layers, {model.parameters / 1e9:.2f}B{dense}"
+            print(f"\n{model.name}: {model.architecture}, {sizes}")
             print(tables.table(one, gpu_bytes))
     if args.png:
         tables.draw(comparisons, args.png, gpu_bytes, title)

@@ -33,7 +33,7 @@ class Kernels:
     flash: bool = True
     """Attention that keeps no scores."""
     te: bool = True
-    """TransformerEngine's norms, in the linears after them or alone. False: torch's operations, as in the rehearsal."""
+    """TransformerEngine's norms, in the linears after them or alone. False: torch's, as in the rehearsal."""
     fused: bool = True
     """Megatron's fused SwiGLU and rotary embedding, and slime's loss. False: one operation after the other."""
 
