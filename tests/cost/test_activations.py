@@ -54,7 +54,7 @@ def reckoned(path, trained: Trained, sizes: dict, recompute: str, flash: bool) -
         Batch(tokens=TOKENS),
         recompute=recompute,
         dtype="float32",
-        kernels=Kernels(flash=flash, fused=False),
+        kernels=Kernels(flash=flash, te=False, fused=False),
     )
     return [stage.kept + stage.logits for stage in stages]
 
@@ -115,8 +115,51 @@ def test_experts(pool4, tmp_path, family, sizes, method):
         Batch(tokens=TOKENS * 4 // split.dp),
         recompute="none",
         dtype="float32",
-        kernels=Kernels(flash=True, fused=False),
+        kernels=Kernels(flash=True, te=False, fused=False),
     )
     for number, stage in enumerate(stages):
         seen = ranks[number * 4 // pp : (number + 1) * 4 // pp]
         assert stage.kept + stage.logits == pytest.approx(sum(seen) / len(seen), rel=0.1), (ranks, stages)
+
+
+def te_bytes(layout: Layout, hf_dir, trained: Trained, family: str) -> int:
+    """As ``dense_bytes`` and ``moe_bytes``, on TransformerEngine's linears (the stand-in) and attention of torch."""
+    if family == "deepseek_v3":
+        chunks = moe_runs.chunks_of(layout, hf_dir, True, trained.lora)
+        samples = torch.distributed.get_world_size() // layout.tp
+    else:
+        import te_models
+
+        def layer_spec(base, config):
+            layer = te_models.te_layer_spec(base, config)
+            layer.submodules.self_attention.submodules.core_attention = moe_models.Attention
+            return layer
+
+        apply = partial(apply_lora, config=trained.lora) if trained.lora else None
+        chunks = build_chunks(hf_dir, sequence_parallel=layout.sp, layer_spec=layer_spec, apply=apply)
+        samples = 1
+    model = adapted.wrap(chunks)
+    with saved_bytes.saving(chunks) as saved:
+        adapted.run_schedule(model, torch.randint(4, 90, (samples, TOKENS + 1)))
+    return saved.bytes
+
+
+@pytest.mark.parametrize(
+    "family, sizes, method",
+    [
+        ("qwen2", dict(tp=2, sp=True), "full"),
+        ("qwen2", dict(tp=2, sp=True), "attention"),
+        ("deepseek_v3", dict(tp=2, sp=True, ep=2, etp=2), "lora"),
+    ],
+)
+def test_transformer_engine(request, tmp_path, tmp_path_factory, family, sizes, method):
+    """Frozen linears of TransformerEngine keep no input, fused with their norm or not. Latent attention."""
+    latent = family == "deepseek_v3"
+    pool = request.getfixturevalue("te_pool4" if latent else "te_pool2")
+    path = moe_models.make_checkpoint(tmp_path, family) if latent else tiny(tmp_path_factory, family)
+    ranks = pool.run(te_bytes, path, METHODS[method], family, **sizes)
+    kernels = Kernels(flash=not latent, te=True, fused=False)  # on a CPU, heads of two sizes have no flash attention
+    split = Split(dp=len(ranks) // 2, **sizes)
+    how = dict(recompute="none", dtype="float32", kernels=kernels)
+    [stage] = stage_activations(Model.read(path), METHODS[method], split, Batch(tokens=TOKENS), **how)
+    assert stage.kept + stage.logits == pytest.approx(sum(ranks) / len(ranks), rel=0.1), ranks

@@ -58,9 +58,10 @@ def test_for_people(tmp_path, tmp_path_factory, capsys):
     paths = [str(write_config(tmp_path, name)) for name in ("Qwen2.5-0.5B", "Qwen3-30B-A3B")]
     png = tmp_path / "bars.png"
     flags = ["--tp", "2", "--dp", "2", "--ep", "2", "--png", str(png)]
-    assert main(["plan", "--compare", "--hf-checkpoint", paths[1], *flags]) == 0
+    assert main(["plan", "--compare", "--hf-checkpoint", *paths, *flags]) == 0
     out = capsys.readouterr().out
-    assert "recompute that it needs" in out and "Qwen3-30B-A3B: Qwen3MoeForCausalLM, 48 layers, 30.53B" in out
+    assert "recompute that it needs" in out and "Qwen3-30B-A3B: Qwen3MoeForCausalLM, 48 layers, 30.53B\n" in out
+    assert "Qwen2.5-0.5B: Qwen2ForCausalLM, 24 layers, 0.49B; no experts, --ep and --etp do not concern it" in out
     assert png.read_bytes()[:4] == b"\x89PNG"
     assert main(["plan", "--compare", "--hf-checkpoint", paths[0], str(tiny(tmp_path_factory))]) == 0
     out = capsys.readouterr().out
@@ -76,7 +77,8 @@ def test_for_people(tmp_path, tmp_path_factory, capsys):
         (["--compare", "--tokens", "0"], "--tokens is 0; expected at least 1"),
         (["--compare", "--tokens", "7", "--tp", "2"], "--tokens 7 is no multiple of --tp 2"),
         (["--compare", "--new-tokens", "0"], "--new-tokens is 0"),
-        (["--compare", "--ep", "2", "--dp", "2"], "has no routed experts"),
+        (["--ep", "2", "--dp", "2"], "--ep 2: "),
+        (["--etp", "2", "--dp", "2"], "has no routed experts; drop it"),
         (["--ep", "2"], "raise --dp"),
         (["--compare", "--no-lora-only-trainable"], "drop one"),
         (["--compare", "--gpu-memory", "-1"], "is no number above 0"),

@@ -51,7 +51,7 @@ def test_peak(tmp_path, method, recompute):
     trained = Trained(lora=LoRAConfig(rank=16)) if method == "lora" else Trained(base=True)
     path = make_tiny(tmp_path, "qwen3", **SIZES, dtype=torch.bfloat16, tokenizer=False)
     model = Model.read(path)
-    kernels = Kernels(flash=True, fused=False)
+    kernels = Kernels(flash=True, te=False, fused=False)
     how = dict(recompute=recompute, kernels=kernels)
     [stage] = stage_activations(model, trained, Split(), Batch(tokens=TOKENS), **how)
     expected = fullest(stage_costs(model, trained, Split(), "bfloat16")).total + stage.total

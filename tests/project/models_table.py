@@ -138,12 +138,18 @@ def table() -> str:
                 family.name,
                 ", ".join(adapted(family)),
                 "per expert, fused" if family.experts else "plain",
-                "yes" if family.architecture in ARCHITECTURES else "no",
+                "yes" if family.architecture in ARCHITECTURES else _planned(family),
                 serving,
                 tested(family),
             )
         )
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _planned(family) -> str:
+    from slime_plugins.lora.base.experts import ExpertsBase
+
+    return "`plan`" if family.architecture in ExpertsBase.architectures else "no"
 
 
 def main() -> None:

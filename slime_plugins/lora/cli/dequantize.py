@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     from slime_plugins.lora.arguments import add_quant_details
 
-    parser.add_argument("--hf-checkpoint", required=True, metavar="DIR", help="the dense checkpoint")
+    parser.add_argument(
+        "--hf-checkpoint", required=True, metavar="DIR", help="the dense checkpoint, or one in bitsandbytes' nf4"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="the new checkpoint; must not exist, or be empty")
     add_quant_details(parser)
 

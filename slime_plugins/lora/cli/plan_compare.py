@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     given = {**_DEFAULTS, **given}
     split = Split(tp=args.tp, pp=args.pp, dp=args.dp, ep=args.ep, etp=args.etp, sp=args.sequence_parallel)
     quant = BaseQuant.from_args(argparse.Namespace(**{**vars(args), "lora_base_quant": "nf4"}))
-    kernels = Kernels(flash=not args.local_kernels, fused=not args.local_kernels)
+    theirs = not args.local_kernels
+    kernels = Kernels(flash=theirs, te=theirs, fused=theirs)
     gpu_bytes = int(given["gpu_memory"] * 1e9)
     comparisons = [
         compare(
@@ -97,7 +98,9 @@ def run(args: argparse.Namespace) -> int:
         print(title)
         for one in comparisons:
             model = one.model
-            print(f"\n{model.name}: {model.architecture}, {model.num_layers} layers, {model.parameters / 1e9:.2f}B")
+            dense = "; no experts, --ep and --etp do not concern it" if split != model.without_experts(split) else ""
+            sizes = f"{model.num_layers} layers, {model.parameters / 1e9:.2f}B{dense}"
+            print(f"\n{model.name}: {model.architecture}, {sizes}")
             print(tables.table(one, gpu_bytes))
     if args.png:
         tables.draw(comparisons, args.png, gpu_bytes, title)

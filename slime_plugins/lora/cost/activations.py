@@ -32,9 +32,10 @@ class Kernels:
 
     flash: bool = True
     """Attention that keeps no scores."""
+    te: bool = True
+    """TransformerEngine's norms, in the linears after them or alone. False: torch's, as in the rehearsal."""
     fused: bool = True
-    """TransformerEngine's norms, Megatron's fused SwiGLU and rotary embedding, as slime runs them. False: one
-    operation after the other, as in the rehearsal."""
+    """Megatron's fused SwiGLU and rotary embedding, and slime's loss. False: one operation after the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +159,7 @@ class _Reckoning:
 
     def _norm(self, rows: int, width: int, heads: int = 1, own_input: bool = True) -> int:
         """Input and 1 / rms; where one operation follows the other, also x / rms, for the gradient of the weight."""
-        copies = own_input + (self.trained.base and not self.kernels.fused)
+        copies = own_input + (self.trained.base and not self.kernels.te)
         return rows * heads * (width * self.e * copies + _FP32)
 
     def _input(self, number: int, path: str, rows: int, width: int) -> int:

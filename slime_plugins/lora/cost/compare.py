@@ -69,12 +69,14 @@ def compare(
     """Every method of one model.
 
     Args:
+        split: what of it cuts experts is left out for a model that has none.
         config: of the adapters; the rank is that of each method, ``config.rank`` one more where it is not in RANKS.
         quant: of the 4-bit base; None: nested nf4 everywhere.
         new_tokens: rows that are trained with the model frozen.
     Raises:
         UsageError: a model that does not split this way, a target that names nothing.
     """
+    split = model.without_experts(split)
     model.check(split)
     ranks = sorted({*RANKS, config.rank})
     methods = {"full": Trained(base=True)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -128,12 +129,17 @@ class Model:
         """Of the whole base."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
+    def without_experts(self, split: Split) -> Split:
+        """The split as far as it concerns this model: as it is, or without what cuts experts."""
+        return split if self.num_experts else dataclasses.replace(split, ep=1, etp=None)
+
     def check(self, split: Split) -> None:
         """Raise UsageError for a split that this model does not take."""
         if self.num_experts:
             self.base.check_parallel(tp=split.tp, pp=split.pp, ep=split.ep, etp=split.experts_tp)
-        elif split.ep > 1:
-            raise UsageError(f"--ep {split.ep}: {self.base.path} has no routed experts; drop it")
+        elif split.ep > 1 or split.experts_tp != split.tp:
+            flag = f"--ep {split.ep}" if split.ep > 1 else f"--etp {split.experts_tp}"
+            raise UsageError(f"{flag}: {self.base.path} has no routed experts; drop it")
         else:
             self.base.check_parallel(tp=split.tp, pp=split.pp)
 
