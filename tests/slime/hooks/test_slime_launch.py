@@ -207,6 +207,27 @@ def test_what_the_base_says_is_looked_at(tmp_path):
     assert rows == []
 
 
+def test_linear_attention_is_served_under_sglangs_names(tmp_path):
+    """Every layer has one kind of attention; what the engines make room for is what these layers have."""
+    kinds = {"linear_num_key_heads": 2, "layer_types": ["linear_attention", "linear_attention", "full_attention"]}
+    text = base_dir(tmp_path, model_type="qwen3_5", text_config=kinds | {"model_type": "qwen3_5_text"})
+    adapter = ("--use-lora", "--lora-sync", "adapter")
+    args = parse(*adapter, hf_checkpoint=text, colocate=True, num_layers=3)
+    slime_validate_args(args)
+    assert set(args.sglang_lora_target_modules) == {
+        "in_proj_qkvz", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    found = {(layer, path) for layer, path, _ in refusals.adapted_linears(args) if path.startswith("self_attention")}
+    linear = {f"self_attention.linear_attn.{leaf}" for leaf in ("in_proj_qkv", "in_proj_z", "out_proj")}
+    attention = {"self_attention.linear_qkv", "self_attention.linear_proj"}
+    assert found == {(n, path) for n in (0, 1) for path in linear} | {(2, path) for path in attention}
+    gates = [*adapter, "--lora-target-modules", "in_proj_a", "in_proj_b"]
+    refused("SGLang serves no adapter of in_proj_a", *gates, hf_checkpoint=text, colocate=True, num_layers=3)
+    interval = base_dir(tmp_path, model_type="qwen3_next", linear_num_key_heads=2, full_attention_interval=2)
+    words = [*adapter, "--lora-target-modules", "in_proj_qkvz"]
+    refused("in Qwen3.5 alone", *words, hf_checkpoint=interval, colocate=True, num_layers=4)
+
+
 def test_merged_weights_into_a_quantised_engine_are_warned_of(tmp_path):
     quantised = base_dir(tmp_path, model_type="qwen3", quantization_config={"quant_method": "fp8"})
     with pytest.warns(UserWarning, match="sync_lost.*does not see it; --lora-sync adapter"):

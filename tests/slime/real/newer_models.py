@@ -86,7 +86,9 @@ def make_rollouts(path, model_path, steps, prompts=4, samples=4, seed=0):
             pixels = torch.randn(16, 96)
             prompt = [START, *[IMAGE] * MERGED, END, *(rng.randrange(4, 490) for _ in range(rng.randint(3, 8)))]
             for _ in range(samples):
-                response = [rng.randrange(4, 490) for _ in range(rng.randint(4, 16))]
+                length = rng.randint(4, 16)
+                length += (len(prompt) + length) % 2  # slime v0.3.1 takes no sequence of odd length here
+                response = [rng.randrange(4, 490) for _ in range(length)]
                 tokens = torch.tensor([prompt + response])
                 with torch.no_grad():
                     logits = model(
