@@ -86,8 +86,8 @@ def _check_fit(teacher: str, theirs: dict[str, Any], base: str, ours: dict[str, 
         if name in theirs and name in ours and theirs[name] != ours[name]:
             raise UsageError(
                 f"--gkd-teacher {teacher}: {name} is {theirs[name]}, the student's {ours[name]} ({base}); a teacher "
-                "with weights of its own runs in the student's place and must have its shape; slime's own distillation "
-                "with --opd-type sglang takes others"
+                "with weights of its own runs in the student's place and must have its shape; slime's own with "
+                "--opd-type sglang takes others"
             )
     tokens = _tokens(teacher), _tokens(base)
     if None not in tokens and tokens[0] != tokens[1]:
