@@ -88,7 +88,7 @@ def test_the_example_scripts_are_clean(script, tmp_path, capsys, versions):
 
 
 def test_there_are_at_least_twenty_bad_combinations():
-    assert len(BAD) >= 20 and len(SCRIPTS) == 5
+    assert len(BAD) >= 20 and len(SCRIPTS) == 6
 
 
 def test_the_good_one_is_good(capsys, versions):

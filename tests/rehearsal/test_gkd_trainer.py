@@ -208,6 +208,13 @@ def test_the_average_follows_the_student(pool2, base, tmp_path):
     assert results[0]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
+def test_the_student_teaches_itself(pool2, base, tmp_path):
+    settings = dataclasses.replace(SETTINGS, hf_checkpoint=str(base), tp=2, sp=True, gkd_teacher="live", **PRIVILEGED)
+    dirs = tmp_path / "a", tmp_path / "b"
+    results = pool2.run(train, settings, *dirs, tp=2, sp=True)
+    compare(results, *dirs, oracle(base, dirs[0], settings, teacher_dir=dirs[0]))
+
+
 def export_other(layout: Layout, settings, out, saved):
     from adapted import randomize
 

@@ -193,6 +193,7 @@ def test_a_teachers_prompts_are_looked_at(own, tmp_path):
     own |= {"objective": "gkd", "gkd_teacher_prompt_template": "{label} {prompt}"}
     prepare(own, lambda line: None)
     refused({**own, "gkd_teacher": str(tmp_path / "none")}, "there is no such directory")
+    refused({**own, "gkd_teacher": own["hf_checkpoint"]}, "is no adapter checkpoint")
     refused({**own, "gkd_teacher_prompt_template": "{prompt}"}, "divergence and gradient are exactly 0")
     refused({**own, "gkd_teacher_prompt_template": "{metadata[hint]} {prompt}"}, "there is no metadata[hint]")
     refused({**own, "gkd_teacher_prompt_template": "t4 " * 510 + "{prompt}"}, "a prompt of 512 tokens and")

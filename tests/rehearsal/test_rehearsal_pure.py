@@ -220,6 +220,10 @@ GKD = {"objective": "gkd", "n_samples_per_prompt": 1, "gkd_teacher_prompt_templa
         ({**GKD, "gkd_temperature": 0.0}, "--gkd-temperature 0.0: expected a number above 0"),
         ({**GKD, "sft_alpha": float("inf")}, "--sft-alpha inf"),
         ({**GKD, "gkd_teacher": "ema", "gkd_ema_decay": 1.0}, "--gkd-ema-decay 1.0"),
+        (
+            {**GKD, "gkd_teacher": "live", "gkd_teacher_prompt_template": None, "sft_alpha": 0.1},
+            "--gkd-teacher live: the student is its own teacher at every step",
+        ),
         ({**GKD, "gkd_ema_decay": 0.9}, "--gkd-ema-decay is not read with --gkd-teacher base; drop it"),
         ({**GKD, "gkd_chunk_size": 0}, "--gkd-chunk-size 0"),
         ({**GKD, "n_samples_per_prompt": 4}, "--n-samples-per-prompt 4 with --gkd-lmbda 0.5"),

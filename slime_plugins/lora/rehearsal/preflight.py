@@ -116,10 +116,10 @@ def _check_paths(settings: Settings) -> None:
                 f"--gkd-teacher {teacher}: expected {', '.join(TEACHERS)} or the directory of a PEFT adapter or "
                 "checkpoint, and there is no such directory"
             )
-        if not (Path(teacher) / "adapter_config.json").is_file():
-            directory.find(teacher)
         if outputs.would_remove(out, Path(teacher)):
             raise UsageError(f"--out {out}: --gkd-teacher {teacher} would be replaced; name another directory")
+        if not (Path(teacher) / "adapter_config.json").is_file():
+            directory.find(teacher)
     if settings.save is not None and Path(settings.save).exists() and not Path(settings.save).is_dir():
         raise UsageError(f"--save {settings.save}: is a file, expected a directory")
     if settings.use_wandb and importlib.util.find_spec("wandb") is None:

@@ -18,6 +18,14 @@ from slime_plugins.lora.slime.hooks.teachers import check_teacher
 
 logger = logging.getLogger(__name__)
 _HERE = "slime_plugins.lora.slime.hooks"
+_SLIMES = {
+    "rollout_temperature": 1.0,
+    "n_samples_per_prompt": 1,
+    "global_batch_size": None,
+    "rollout_data_postprocess_path": None,
+    "rollout_function_path": None,
+}
+"""Arguments that slime's parser always has; ``slime-lora doctor`` sees those alone that are given."""
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -74,6 +82,9 @@ def set_up(args: Namespace) -> None:
     from slime_plugins.lora.objectives import make_objective
     from slime_plugins.lora.objectives.gkd import GKD
 
+    for name, default in _SLIMES.items():
+        if not hasattr(args, name):
+            setattr(args, name, default)
     check_teacher(args)
     objective = make_objective("gkd", args)
     assert isinstance(objective, GKD)
@@ -100,8 +111,8 @@ def set_up(args: Namespace) -> None:
 def _warn_of_a_teacher_that_lags(args: Namespace) -> None:
     if args.gkd_teacher != "live":
         return
-    samples, step = args.rollout_batch_size * args.n_samples_per_prompt, args.global_batch_size
-    if step is not None and step < samples:
+    step = args.global_batch_size
+    if step is not None and step < (samples := args.rollout_batch_size * args.n_samples_per_prompt):
         logger.warning(
             "--gkd-teacher live: %d optimizer steps on each rollout, and the teacher is the student before the first "
             "of them; --global-batch-size %d makes it the student of every step",

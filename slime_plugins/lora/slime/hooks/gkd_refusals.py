@@ -54,8 +54,8 @@ GKD = (
         "responses without a data set",
         lambda launch: (
             not launch.given("debug_train_only")
-            and (1.0 if launch.given("gkd_lmbda") is None else launch.given("gkd_lmbda")) < 1
-            and not launch.given("rollout_global_dataset")
+            and launch.given("gkd_lmbda") < 1
+            and launch.given("rollout_global_dataset") is False
         ),
         "--gkd-lmbda below 1 takes responses from the data set (--label-key), and --disable-rollout-global-dataset "
         "says that there is none; give --gkd-lmbda 1, or a data set",
