@@ -25,6 +25,7 @@ BAD = [
     ("--optimizer-cpu-offload", "--no-save-optim"),
     ("--lora-critic", "--advantage-estimator ppo"),
     ("--lora-save-merged", "give --save-hf too"),
+    ("--lr-plateau-metric val_loss --save s", "needs --val-data and --val-interval"),
     ("--lora-r 0", "expected"),
     ("--moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-3", "--moe-router-bias-update-rate 0"),
     ("--update-weight-mode delta --lora-adapter-path a", "--update-weight-mode full"),
@@ -70,7 +71,7 @@ def versions(monkeypatch):
         return known[name]
 
     monkeypatch.setattr(checkup, "version", version)
-    monkeypatch.setattr("slime_plugins.lora.slime.hooks.refusals.version", version)
+    monkeypatch.setattr("slime_plugins.lora.slime.hooks.launched.version", version)
     return known
 
 
