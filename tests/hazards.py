@@ -908,6 +908,22 @@ BREAKS = [
         "",
         "tests/layers/test_token_rows.py -k merged_is_on",
     ),
+    Break(
+        "control",
+        "compute the validation loss at the sampling temperature",
+        "slime/hooks/control/trainer.py::validation_loss",
+        '"rollout_temperature": 1.0, ',
+        "",
+        "tests/slime/hooks/test_slime_validation.py -k temperature",
+    ),
+    Break(
+        "control",
+        "measure the KL from the base under --lora-ref start, in the rehearsal",
+        "rehearsal/trainer.py::RankTrainer._model_as",
+        "adapters_disabled(self.chunks) if self.reference is None else self.reference.worn()",
+        "adapters_disabled(self.chunks)",
+        "tests/rehearsal/test_control.py -m slow -k start_as_reference",
+    ),
 ]
 
 

@@ -26,6 +26,7 @@ BAD = [
     ("--optimizer-cpu-offload", "--no-save-optim"),
     ("--lora-critic", "--advantage-estimator ppo"),
     ("--lora-save-merged", "give --save-hf too"),
+    ("--lr-plateau-metric val_loss --save s", "needs --val-data and --val-interval"),
     ("--lora-r 0", "expected"),
     ("--moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-3", "--moe-router-bias-update-rate 0"),
     ("--update-weight-mode delta --lora-adapter-path a", "--update-weight-mode full"),

@@ -216,6 +216,7 @@ def test_only_what_is_typed_wins_over_a_config():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_head_beside_the_start_is_carried_along(stopped, cache, tmp_path):
     """Through adapter, best, checkpoints and a resume with another --save, by name; never computed with."""
     from slime_plugins.lora.peft.extra import extra_of, put_extra
@@ -235,6 +236,7 @@ def test_a_head_beside_the_start_is_carried_along(stopped, cache, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_start_as_reference_policy(stopped, cache, tmp_path):
     """KL exactly 0 before the first step, then more; resumed at another size from what the run has kept."""
     root, _, _ = stopped

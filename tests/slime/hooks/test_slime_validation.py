@@ -6,6 +6,7 @@ pytest tests/slime/hooks/test_slime_validation.py
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -95,3 +96,43 @@ def test_every_sample_counts_once_in_any_layout(places, multiple):
 def test_fixed_sizes():
     args = SimpleNamespace(use_dynamic_batch_size=False, micro_batch_size=3)
     assert [len(micro) for micro in trainer._packed(args, SAMPLES)] == [3, 3, 1]
+
+
+def test_the_mean_over_tokens_that_count_at_temperature_1(monkeypatch):
+    """Sampling's temperature is none of the loss's; what the mask leaves out counts in neither sum."""
+    import torch
+    from megatron.core import mpu
+
+    seen = []
+
+    def forward_only(f, args, model, iterators, counts):
+        seen.append((args.rollout_temperature, counts))
+        (iterator,) = iterators
+        rows = [i for micro in iterator.indices for i in micro]
+        return {"log_probs": [-iterator.data["tokens"][i][-2:].float() for i in rows]}
+
+    class DataIterator:
+        def __init__(self, data, micro_batch_indices):
+            self.data, self.indices = data, micro_batch_indices
+
+    parts = {
+        "cp_utils": {"slice_log_prob_with_cp": lambda mask, total, response: mask},
+        "data": {"DataIterator": DataIterator},
+        "loss": {"get_log_probs_and_entropy": None},
+        "model": {"forward_only": forward_only},
+    }
+    for name in ("slime", "slime.backends", "slime.backends.megatron_utils"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for name, members in parts.items():
+        module = ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, f"slime.backends.megatron_utils.{name}", module)
+    monkeypatch.setattr(trainer, "_places", lambda model: (0, 1, 1))
+    monkeypatch.setattr(mpu, "is_pipeline_last_stage", lambda: True)
+    monkeypatch.setattr(mpu, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(mpu, "get_virtual_pipeline_model_parallel_world_size", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    samples = [Given([9, 1, 2], 2, [1, 1]), Given([9, 5, 100], 2, [1, 0]), Given([9, 100, 4], 2, [0, 1])]
+    args = Namespace(use_dynamic_batch_size=False, micro_batch_size=2, rollout_temperature=0.5)
+    assert trainer.validation_loss(args, [], samples) == (1 + 2 + 5 + 4) / 4
+    assert seen == [(1.0, [2])] and args.rollout_temperature == 0.5

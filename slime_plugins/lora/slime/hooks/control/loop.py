@@ -11,6 +11,7 @@ import logging
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from slime_plugins.lora.control.history import BEST, FILE, FINAL, History
@@ -96,6 +97,8 @@ class _Run:
             said = resume_best(args.lora_export_dir, args.lora_export_dir, past)
             if said:
                 logger.warning("LoRA: %s", said)
+        elif args.lora_export_dir and (Path(args.lora_export_dir) / BEST).is_dir():
+            logger.warning("LoRA: %s/%s is of another run until this one validates", args.lora_export_dir, BEST)
         if rule is not None and not args.lora_export_dir:
             logger.warning("LoRA: without --lora-export-dir no best adapter is kept")
         found = past or History(rule, args.lr)
