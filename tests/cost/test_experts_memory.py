@@ -83,7 +83,16 @@ def compare(ranks, costs, split: Split, pp: int) -> None:
         assert sum(rank["optimizer"] for rank in seen) == pytest.approx(cost.optimizer * per_stage, abs=16 * per_stage)
 
 
-@pytest.mark.parametrize("name, method", [*((name, "lora") for name in SPLITS), ("pp2-ep2", "full")])
+@pytest.mark.parametrize(
+    "name, method",
+    [
+        ("pp2-ep2", "lora"),
+        ("pp2-ep2", "full"),
+        ("ep2-etp2", "lora"),
+        pytest.param("ep2-dp4", "lora", marks=pytest.mark.slow),
+        pytest.param("tp2-ep2-etp1", "lora", marks=pytest.mark.slow),
+    ],
+)
 def test_experts(pool4, tmp_path, name, method):
     sizes = SPLITS[name]
     path = moe_models.make_checkpoint(tmp_path, "glm4_moe" if name == "pp2-ep2" else "qwen2_moe")

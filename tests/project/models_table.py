@@ -147,9 +147,9 @@ def table() -> str:
 
 
 def _planned(family) -> str:
-    from slime_plugins.lora.base.experts import ExpertsBase
+    from slime_plugins.lora.base import moe
 
-    return "`plan`" if family.architecture in ExpertsBase.architectures else "no"
+    return "`plan`" if family.architecture in moe.ARCHITECTURES else "no"
 
 
 def main() -> None:

@@ -76,9 +76,9 @@ def get_responses(logits, *, args, unconcat_tokens, total_lengths, response_leng
 
 def install(forward_only=None):
     slime_stand_ins.install()
-    slime_stand_ins._module("slime.backends.megatron_utils.loss", get_responses=get_responses)
-    slime_stand_ins._module("slime.backends.megatron_utils.data", get_data_iterator=lambda data: data)
-    slime_stand_ins._module("slime.backends.megatron_utils.model", forward_only=forward_only)
+    slime_stand_ins.module("slime.backends.megatron_utils.loss", get_responses=get_responses)
+    slime_stand_ins.module("slime.backends.megatron_utils.data", get_data_iterator=lambda data: data)
+    slime_stand_ins.module("slime.backends.megatron_utils.model", forward_only=forward_only)
 
 
 def logits_of(model, tokens):
