@@ -44,7 +44,7 @@ GKD_ARGS=(
    --gkd-teacher base
    # Without it teacher and student would be one and the same, and nothing could be learnt: that is refused. {prompt} is
    # the text after the chat template, so what is shown more comes before it, as a turn of its own.
-   --gkd-teacher-prompt-template $'<|im_start|>system\nA correct solution:\n{label}<|im_end|>\n{prompt}'
+   --gkd-teacher-prompt-template '<|im_start|>system\nA correct solution:\n{label}<|im_end|>\n{prompt}'
 )
 
 ROLLOUT_ARGS=(

@@ -240,7 +240,7 @@ def test_settings_are_checked(changes, words):
 NOTHING = "divergence and gradient are exactly 0 and nothing can be learnt"
 
 
-@pytest.mark.parametrize("template", [None, "{prompt}", " {prompt} "])
+@pytest.mark.parametrize("template", [None, "{prompt}", " {prompt} ", "{prompt}\\n"])
 def test_a_student_that_is_its_teacher_is_refused(template):
     """One checkpoint as teacher and student, as it is commonly set up: it runs, and nobody is told."""
     same = dataclasses.replace(Settings(), **{**GKD, "gkd_teacher_prompt_template": template})
@@ -288,6 +288,8 @@ def test_teacher_prompt():
     template = TeacherPrompt("{{A}} {label} {metadata[hint]} {prompt}")
     assert template.of("what?", "7", {"hint": 3}) == "{A} 7 3 what?"
     assert template.of("a {label} in a prompt", "7", {"hint": 3}) == "{A} 7 3 a {label} in a prompt"
+    lines = TeacherPrompt(r"system\n{label}\n{prompt}")
+    assert lines.of(r"a \nu", r"\nabla", {}) == "system\n\\nabla\na \\nu", "in the template alone"
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "what?"}]
     assert template.of(messages, "7", {"hint": 3}) == [messages[0], {"role": "user", "content": "{A} 7 3 what?"}]
     with pytest.raises(ValueError, match=r"there is no metadata\[hint\] for the prompt 'what\?'"):

@@ -8,20 +8,22 @@ from typing import Any
 
 from slime_plugins.lora.errors import UsageError
 
-_FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+_FIELD = re.compile(r"\\n|\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _METADATA = re.compile(r"metadata\[([^\[\]]+)\]")
+_TEXT = {"{{": "{", "}}": "}", "\\n": "\n"}
+"""What stands for text that a command line, or this form, makes awkward."""
 _FLAG = "--gkd-teacher-prompt-template"
 
 
 class TeacherPrompt:
-    """A template of ``{prompt}``, ``{label}`` and ``{metadata[KEY]}``; ``{{`` and ``}}`` are braces."""
+    """A template of ``{prompt}``, ``{label}``, ``{metadata[KEY]}``; ``{{``, ``}}`` are braces, ``\\n`` a new line."""
 
     def __init__(self, template: str):
         """Raises UsageError for a field that is none of these, and for a brace that stands alone."""
         self.template = template
         for match in _FIELD.finditer(template):
             name = match.group(1)
-            if match.group() in ("{{", "}}") or name in ("prompt", "label") or _METADATA.fullmatch(name or ""):
+            if match.group() in _TEXT or name in ("prompt", "label") or _METADATA.fullmatch(name or ""):
                 continue
             raise UsageError(
                 f"{_FLAG} {template!r}: {match.group()!r}, expected {{prompt}}, {{label}} or {{metadata[KEY]}} "
@@ -31,7 +33,7 @@ class TeacherPrompt:
     @property
     def tells_more(self) -> bool:
         """Is the teacher shown anything but the prompt?"""
-        return self.template.strip() != "{prompt}"
+        return self.template.replace("\\n", "\n").strip() != "{prompt}"
 
     def of(self, prompt: str | list, label: str | None, metadata: Mapping[str, Any]) -> str | list:
         """The teacher's prompt; of chat messages, with the last one's text put through the template.
@@ -48,8 +50,8 @@ class TeacherPrompt:
 
     def _filled(self, prompt: str, label: str | None, metadata: Mapping[str, Any]) -> str:
         def value(match: re.Match) -> str:
-            if match.group() in ("{{", "}}"):
-                return match.group()[0]
+            if match.group() in _TEXT:
+                return _TEXT[match.group()]
             name = match.group(1)
             if name == "prompt":
                 return prompt

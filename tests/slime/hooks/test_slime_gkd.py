@@ -148,6 +148,15 @@ def test_loss(request, hf_dir, sizes, privileged):
         assert len({round(found, 6) for found, _, _ in results.values()}) == len(LENGTHS), "samples must differ"
 
 
+def test_a_teachers_tokens_must_end_in_the_students_response():
+    from slime_plugins.lora.slime.hooks import gkd
+
+    data = rollout(privileged=True)
+    data["prompt"][2][-1] += 1
+    with pytest.raises(ValueError, match="the teacher's tokens do not end in the student's response"):
+        gkd._shown(data)
+
+
 def places(layout: Layout, response: int, theirs: int, ours: int):
     """Rows of a response cut behind the teacher's prompt, moved to where they are cut behind the student's."""
     from slime_plugins.lora.slime.hooks import gkd

@@ -121,4 +121,4 @@ def test_what_follows_from_the_flags(parsed):
     assert (taught["lora_r"], taught["lora_alpha"], taught["lora_dropout"]) == (8, 16.0, 0.05)
     assert taught["lora_target_modules"] == ["all-linear"]
     assert taught["loss_type"] == "custom_loss"
-    assert taught["gkd_teacher_prompt_template"].startswith("<|im_start|>system\n")
+    assert taught["gkd_teacher_prompt_template"].startswith("<|im_start|>system\\nA correct solution:")

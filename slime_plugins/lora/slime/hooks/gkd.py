@@ -107,10 +107,11 @@ def _shown(rollout_data: dict) -> tuple[dict, dict[int, torch.Tensor]]:
     if own is None:
         return rollout_data, {id(one): one for one in tokens}
     theirs = [torch.as_tensor(ids, dtype=one.dtype, device=one.device) for ids, one in zip(own, tokens)]
-    for ids, one, length in zip(theirs, tokens, rollout_data["response_lengths"]):
+    for index, (ids, one, length) in enumerate(zip(theirs, tokens, rollout_data["response_lengths"])):
         if not torch.equal(ids[len(ids) - length :], one[len(one) - length :]):
             raise ValueError(
-                "the teacher's tokens do not end in the student's response; is a rollout of another kind?"
+                f"sample {index} of this rank: the teacher's tokens do not end in the student's response of {length} "
+                "tokens; --custom-convert-samples-to-train-data-path or a hook has changed one of them; change both"
             )
     shown = {**rollout_data, "tokens": theirs, "total_lengths": [len(ids) for ids in theirs]}
     return shown, {id(ids): one for ids, one in zip(theirs, tokens)}
