@@ -25,6 +25,7 @@ from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.layers import hide_adapters
 from slime_plugins.lora.names import is_adapter
 from slime_plugins.lora.packing import dense_on_host, finish_packing
+from slime_plugins.lora.peft.extra import refuse_extra
 from slime_plugins.lora.slime.hooks import merged_sync
 from slime_plugins.lora.slime.hooks.base_check import remember_base
 from slime_plugins.lora.slime.hooks.paths import adapter_step_dir, step_dir
@@ -171,6 +172,7 @@ def _start_from(model, path: str) -> None:
     if checkpoint is not None:
         from slime_plugins.lora.checkpoint.load import load_adapter
 
+        refuse_extra(checkpoint.parent)
         load_adapter(model, checkpoint, restore_rng=False)
     else:
         from slime_plugins.lora.ends.import_ import import_peft
