@@ -71,7 +71,7 @@ def versions(monkeypatch):
         return known[name]
 
     monkeypatch.setattr(checkup, "version", version)
-    monkeypatch.setattr("slime_plugins.lora.slime.hooks.launched.version", version)
+    monkeypatch.setattr("slime_plugins.lora.slime.hooks.refusal.version", version)
     return known
 
 

@@ -14,7 +14,7 @@ from sglang_engine import _Environ
 from sglang_worker import Worker, wheel_of
 from wheels import SGLANG
 
-from slime_plugins.lora.slime.hooks.launched import Launch
+from slime_plugins.lora.slime.hooks.refusal import Launch
 from slime_plugins.lora.slime.hooks.refusals import refused
 from slime_plugins.lora.slime.hooks.serving import SERVING, serve_adapters
 

@@ -15,7 +15,7 @@ from sglang_worker import Worker
 from slime_plugins.lora.peft.form import to_peft
 from slime_plugins.lora.projections import Projection
 from slime_plugins.lora.slime.hooks import launch as hooks
-from slime_plugins.lora.slime.hooks.launched import Launch, Refusal, adapted_linears
+from slime_plugins.lora.slime.hooks.refusal import Launch, Refusal, adapted_linears
 from slime_plugins.lora.slime.hooks.refusals import refused
 from slime_plugins.lora.slime.hooks.serving import projections
 

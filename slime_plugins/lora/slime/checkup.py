@@ -17,7 +17,7 @@ from packaging.version import Version
 from slime_plugins.lora.arguments import validate_lora_args
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.slime.hooks import launch as hooks
-from slime_plugins.lora.slime.hooks.launched import Launch
+from slime_plugins.lora.slime.hooks.refusal import Launch
 from slime_plugins.lora.slime.hooks.refusals import refused
 from slime_plugins.lora.slime.hooks.serving import SERVING
 from slime_plugins.lora.slime.patch import checkout, plugin

@@ -17,7 +17,7 @@ from packaging.version import Version
 from slime_plugins.lora import slime as hooks
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.slime.hooks import launch, paths, refusals, requests
-from slime_plugins.lora.slime.hooks.launched import Launch
+from slime_plugins.lora.slime.hooks.refusal import Launch
 
 
 def parse(*words, **settings):

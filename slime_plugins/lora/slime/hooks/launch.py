@@ -15,8 +15,8 @@ from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.slime.hooks import distillation
 from slime_plugins.lora.slime.hooks.control import flags as control
-from slime_plugins.lora.slime.hooks.launched import Launch
 from slime_plugins.lora.slime.hooks.paths import TRACKER, adapter_step_dir, step_dir
+from slime_plugins.lora.slime.hooks.refusal import Launch
 from slime_plugins.lora.slime.hooks.refusals import refused
 from slime_plugins.lora.slime.hooks.serving import serve_adapters
 

@@ -10,7 +10,7 @@ from argparse import Namespace
 from packaging.version import Version
 
 from slime_plugins.lora.slime.hooks.control.refusals import CONTROL
-from slime_plugins.lora.slime.hooks.launched import ROUTER, Launch, Refusal
+from slime_plugins.lora.slime.hooks.refusal import ROUTER, Launch, Refusal, resumes
 
 _QKV, _FC1 = "self_attention.linear_qkv", "linear_fc1"
 
@@ -110,7 +110,7 @@ TRAINING = (
         lambda launch: (
             launch.given("update_weight_mode") == "delta"
             and not launch.given("debug_train_only")
-            and (launch.resumes or launch.given("lora_adapter_path"))
+            and (resumes(launch) or launch.given("lora_adapter_path"))
         ),
         "--update-weight-mode delta sends nothing at the first sync, so a run that starts from an adapter (--load, "
         "--lora-adapter-path) would roll out its first batch on the base; use --update-weight-mode full",

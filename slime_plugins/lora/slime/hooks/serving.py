@@ -9,7 +9,7 @@ from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.names import hf_names
 from slime_plugins.lora.server.names import MARK
-from slime_plugins.lora.slime.hooks.launched import Launch, adapted_linears
+from slime_plugins.lora.slime.hooks.refusal import Launch, adapted_linears
 from slime_plugins.lora.slime.hooks.refusals import versions_kept
 
 SGLANG_LORAS_PER_BATCH = 8

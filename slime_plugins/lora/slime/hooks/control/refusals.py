@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slime_plugins.lora.slime.hooks.launched import Launch, Refusal
+from slime_plugins.lora.slime.hooks.refusal import Launch, Refusal, resumes
 
 
 def _by(launch: Launch, kind: str) -> bool:
@@ -23,7 +23,7 @@ CONTROL = (
     Refusal(
         "reference without a start",
         lambda launch: (
-            launch.given("lora_ref") == "start" and not launch.given("lora_adapter_path") and not launch.resumes
+            launch.given("lora_ref") == "start" and not launch.given("lora_adapter_path") and not resumes(launch)
         ),
         "--lora-ref start without --lora-adapter-path: training starts from the base, which is the reference anyway; "
         "give the adapter to start from, or drop --lora-ref",

@@ -1,4 +1,4 @@
-"""What a launch is, as its flags say, and what a row of a table of refusals is. No torch."""
+"""What a launch is, and what one combination that cannot work is. No torch. The tables: ``refusals``."""
 
 from __future__ import annotations
 
@@ -31,12 +31,6 @@ class Launch:
     def given(self, name: str) -> Any:
         """An argument of slime's; None where this slime has none of that name."""
         return getattr(self.args, name, None)
-
-    @property
-    def resumes(self) -> bool:
-        """Does it go on from a checkpoint of adapters?"""
-        load = self.given("load")
-        return load is not None and adapter_step_dir(load, self.given("ckpt_step")) is not None
 
     @property
     def adapter_sync(self) -> bool:
@@ -119,3 +113,9 @@ class Refusal:
     when: Callable[[Launch], Any]
     reason: str
     """One line: what, why, the way out."""
+
+
+def resumes(launch: Launch) -> bool:
+    """Does it go on from a checkpoint of adapters?"""
+    load = launch.given("load")
+    return load is not None and adapter_step_dir(load, launch.given("ckpt_step")) is not None
