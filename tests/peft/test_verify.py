@@ -247,6 +247,10 @@ def test_modules_to_save_are_allowed_and_checked(tmp_path):
     report = verify_adapter(foreign(tmp_path / "a", config, tensors))
     assert report.ok
     assert report.other == 1
+    config["modules_to_save"] = ["score", "encoder"]
+    (problem,) = verify_adapter(foreign(tmp_path / "c", config, tensors)).problems
+    assert problem.kind == "missing" and "modules_to_save names encoder, but" in problem.message
+    config["modules_to_save"] = ["score"]
     tensors["base_model.model.score.weight"] = torch.empty(0)  # peft issue 2450
     (problem,) = verify_adapter(foreign(tmp_path / "b", config, tensors)).problems
     assert (problem.kind, problem.tensor) == ("zero_size", "base_model.model.score.weight")

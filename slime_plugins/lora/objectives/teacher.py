@@ -160,7 +160,7 @@ def read_another(model: Any, path: str) -> AnotherAdapter:
     other = AnotherAdapter(model, config)
     with other.worn():
         if of_peft:
-            import_peft(model, path)
+            import_peft(model, path, carries=True)  # nothing is written of a teacher
         else:
             load_adapter(model, path, restore_rng=False)
     return other

@@ -234,6 +234,13 @@ def unsupported(config: Mapping[str, Any]) -> list[Problem]:
     ]
 
 
+def absent_modules(config: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Names of ``modules_to_save`` of which there is no tensor: lost, as ZeRO-3 loses what is sharded."""
+    names, keys = config.get("modules_to_save") or (), list(keys)
+    names = [names] if isinstance(names, str) else names
+    return [name for name in names if not any(module_to_save({"modules_to_save": name}, key) for key in keys)]
+
+
 def module_to_save(config: Mapping[str, Any], key: str) -> bool:
     """Is a tensor of this name one of ``modules_to_save``?"""
     names = config.get("modules_to_save") or ()

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from slime_plugins.lora.files.atomic import replaced_directory
-from slime_plugins.lora.peft.checks import Problem, module_to_save, value_problems
+from slime_plugins.lora.peft.checks import Problem, absent_modules, module_to_save, value_problems
 from slime_plugins.lora.peft.config import parse_key
 from slime_plugins.lora.peft.directory import (
     CONFIG,
@@ -81,6 +81,17 @@ def refuse_part_of_base(directory: str | os.PathLike, base: Iterable[str]) -> No
             )
 
 
+def refuse_extra(directory: str | os.PathLike) -> None:
+    """Raise ValueError, by name, for what a caller would lose that carries nothing along."""
+    names = extra_names(directory)
+    if names:
+        raise ValueError(
+            f"{directory}: beside the adapter whole modules were trained ({', '.join(names)}), which would be lost "
+            f"here; a rehearsal carries them along. To go on without them, move {FOLDER}/ away (`slime-lora import` "
+            "makes one of modules_to_save)"
+        )
+
+
 def put_extra(directory: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write them below ``directory``, in place of what was there; nothing, if there are none."""
     place = Path(directory) / FOLDER
@@ -116,6 +127,8 @@ def _places(directory: str | os.PathLike) -> Iterable[tuple[str, AdapterTensors,
     config = read_config(directory)
     if config.get("modules_to_save"):
         tensors = open_tensors(directory)
+        if lost := absent_modules(config, tensors):
+            raise ValueError(f"{directory}: modules_to_save names {lost[0]}, but the adapter holds no tensor of it")
         for key in tensors:
             if parse_key(key) is None and module_to_save(config, key):
                 yield key.removeprefix(_PREFIX), tensors, key

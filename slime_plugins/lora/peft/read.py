@@ -18,7 +18,7 @@ from slime_plugins.lora.peft.checks import absent_targets, config_problems, modu
 from slime_plugins.lora.peft.config import module_alpha, module_rank, module_scaling, parse_key
 from slime_plugins.lora.peft.directory import AdapterTensors, read_adapter, validate_adapter
 from slime_plugins.lora.peft.experts_form import per_expert
-from slime_plugins.lora.peft.extra import extra_names
+from slime_plugins.lora.peft.extra import extra_names, refuse_extra
 from slime_plugins.lora.peft.rows import ALONE, VocabularyRows, ids_of, row_key, rows_in
 
 
@@ -46,12 +46,8 @@ class PeftAdapter:
             raise ValueError(f"{adapter_dir}: {problems[0]}: it cannot be imported")
         self.extra = tuple(extra_names(adapter_dir))
         """Names of tensors that were trained beside the adapter."""
-        if (self.extra or self.config.get("modules_to_save")) and not carries:
-            raise ValueError(
-                f"{adapter_dir}: it cannot be imported: beside the adapter whole modules were trained "
-                f"({', '.join(self.extra) or self.config['modules_to_save']}), which would be lost; a rehearsal and "
-                f"`slime-lora import` carry them"
-            )
+        if not carries:
+            refuse_extra(adapter_dir)
         self._keys: dict[str, dict[str, str]] = defaultdict(dict)
         for key in self._tensors:
             if row_key(key) is not None:

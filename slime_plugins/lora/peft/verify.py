@@ -246,7 +246,10 @@ def _look_beside(adapter_dir: str | os.PathLike, report: Report) -> list[Problem
     """What was trained beside the adapter: its names into the report, its faults returned."""
     if (Path(adapter_dir) / FOLDER / FILE).exists() and (problems := extra_problems(adapter_dir)):
         return problems
-    report.extra = extra_names(adapter_dir)
+    try:
+        report.extra = extra_names(adapter_dir)
+    except (OSError, ValueError) as error:
+        return [Problem(kind="missing", message=str(error))]
     return []
 
 

@@ -422,3 +422,18 @@ def test_offloaded_engines_are_proven_before_the_first_request(nothing_announced
     for _ in range(2):
         with pytest.raises(RuntimeError, match="engine 0 of 1, generate with lora_path v2: 400 Client Error"):
             hooks.request_fields("http://127.0.0.1:9/generate")
+
+
+def test_a_start_with_a_head_beside_it_is_refused_in_either_form(tmp_path):
+    """What it trains and writes has no head: one that goes missing on the way would be missed much later."""
+    import torch
+
+    from slime_plugins.lora.peft.extra import put_extra
+    from slime_plugins.lora.slime.hooks import checkpoints
+
+    (tmp_path / "iter_0000001").mkdir()
+    (tmp_path / "iter_0000001" / "adapter.json").write_text("{}")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
+    put_extra(tmp_path, {"score.weight": torch.ones(2, 2)})
+    with pytest.raises(ValueError, match=r"whole modules were trained \(score\.weight\), which would be lost"):
+        checkpoints._start_from([], str(tmp_path))

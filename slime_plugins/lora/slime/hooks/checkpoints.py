@@ -27,6 +27,7 @@ from slime_plugins.lora.layers import hide_adapters
 from slime_plugins.lora.names import is_adapter
 from slime_plugins.lora.packing import dense_on_host, finish_packing
 from slime_plugins.lora.peft.directory import open_tensors
+from slime_plugins.lora.peft.extra import refuse_extra
 from slime_plugins.lora.quant.codes import check_codes
 from slime_plugins.lora.quantize import base_quant_of
 from slime_plugins.lora.slime.hooks import merged_sync
@@ -213,6 +214,7 @@ def _start_from(model, path: str) -> None:
     if checkpoint is not None:
         from slime_plugins.lora.checkpoint.load import load_adapter
 
+        refuse_extra(checkpoint.parent)
         load_adapter(model, checkpoint, restore_rng=False)
     else:
         from slime_plugins.lora.ends.import_ import import_peft
