@@ -280,14 +280,14 @@ def _take(one: Matrix, checkpoint: BaseCheckpoint, quant: BaseQuant) -> None:
     for part, name in zip(one.parts, one.hf_names):
         weight = in_codes(checkpoint, name, short_name(one.name), quant)
         codes, scales = weight.stored()
-        rows, columns = part.take(packed.codes).shape
-        across, down = (rank * columns, 0) if base.parallel == "row" else (0, rank * rows)
-        across = across * 2 // BLOCK
-        whole = scales.absmax.view(weight.shape[0], -1)
-        part.put(packed.codes, codes[down : down + rows, across * BLOCK // 2 :][:, :columns].to(device))
-        part.put(absmax, whole[down : down + rows, across : across + shape[1]].to(device))
-        numbers = torch.arange(down, down + rows, dtype=torch.int32, device=device)
-        part.put(first, numbers * whole.shape[1] + across + start)
+        mine, whole = part.take(absmax), scales.absmax.view(weight.shape[0], -1)
+        row, column = _corner(mine, base, rank)
+        here, across = slice(row, row + mine.shape[0]), slice(column, column + mine.shape[1])
+        part.put(absmax, whole[here, across].to(device))
+        in_bytes = slice(across.start * BLOCK // 2, across.stop * BLOCK // 2)
+        part.put(packed.codes, codes[here, in_bytes].to(device))
+        rows = torch.arange(here.start, here.stop, dtype=torch.int32, device=device)
+        part.put(first, rows * whole.shape[1] + column + start)
         start += math.ceil(whole.numel() / GROUP) * GROUP
         ends.append(start)
         if scales.groups is not None:

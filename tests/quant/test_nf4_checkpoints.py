@@ -9,6 +9,7 @@ import json
 import shutil
 
 import adapted
+import moe_models
 import nf4_oracle
 import nf4_runs
 import nf4_slime_runs
@@ -27,6 +28,7 @@ from slime_plugins.lora.checkpoint.reader import AdapterCheckpoint
 from slime_plugins.lora.checkpoint.save import save_adapter
 from slime_plugins.lora.cli import main
 from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.names import spellings
 from slime_plugins.lora.peft.directory import open_tensors
 from slime_plugins.lora.peft.verify import verify_adapter
 from slime_plugins.lora.quant.codes import check_codes
@@ -97,6 +99,33 @@ def test_logits_and_gradients(pool1, pool2, tmp_path_factory, quant, sizes):
     for r in (pool2 if sizes else pool1).run(nf4_runs.parity, path, logits, grads, TOKENS, kwargs, **sizes):
         assert r["logits"] <= 1e-5
         assert r["A"] <= 1e-4 and r["B"] <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "family, te, sizes",
+    [
+        ("qwen3_moe", False, dict(ep=2, etp=1)),
+        pytest.param("qwen3_moe", True, dict(ep=2, etp=1), marks=pytest.mark.slow),
+        ("deepseek_v3", True, dict(tp=2, sp=True, etp=2)),  # Megatron's local attention has no latent form over ranks
+    ],
+    ids=str,
+)
+def test_codes_of_experts(request, tmp_path, family, te, sizes):
+    """Each expert gets its own codes, wherever it is; shared experts and latent attention theirs."""
+    with moe_models.sizes(**nf4_oracle.MOE_SIZES):
+        path = moe_models.make_checkpoint(tmp_path / "base", family)
+        names = moe_models.linears(path)
+    expected = nf4_oracle.through_codes(path, names)
+    codes = nf4_oracle.in_codes(path, names, tmp_path / "codes")
+    assert all(torch.equal(BaseCheckpoint(codes).weights[f"{name}.weight"].read(), expected[name]) for name in names)
+    dense = nf4_oracle.dense_copy(path, expected, tmp_path / "dense")
+    pool = request.getfixturevalue("te_pool2" if te else "pool2")
+    seen = set()
+    for found in pool.run(nf4_runs.moe_weights, dense, codes, te, **sizes):
+        found = {next(one for one in spellings(name) if one in expected): found[name] for name in found}
+        assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+        seen |= found.keys()
+    assert seen == set(expected)
 
 
 def ends(layout: Layout, codes, dense, source, out):

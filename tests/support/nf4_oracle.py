@@ -80,6 +80,22 @@ def dense_copy(hf_dir, weights: dict[str, torch.Tensor], out: Path) -> Path:
     return out
 
 
+def in_codes(hf_dir, names, out: Path) -> Path:
+    """A checkpoint with these linears in codes, as bitsandbytes serialises them: also of experts, which transformers 5
+    leaves dense."""
+    from bitsandbytes.functional import quantize_4bit
+
+    shutil.copytree(hf_dir, out)
+    tensors = load_file(hf_dir / "model.safetensors")
+    for name in names:
+        weight = f"{name}.weight"
+        codes, state = quantize_4bit(tensors[weight], quant_type="nf4", compress_statistics=True)
+        tensors[weight] = codes
+        tensors |= {f"{weight}.{key}": value for key, value in state.as_dict(packed=True).items()}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
 MOE_SIZES = dict(HIDDEN=192, HEAD_DIM=32, FFN=384, EXPERT_FFN=128, SHARED_FFN=128)
 MOE_SIZES["MLA"] = dict(q_lora_rank=128, kv_lora_rank=64, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=32)
 """Of ``moe_models``, so that everything divides into blocks at (expert-)tensor-parallel size 2."""

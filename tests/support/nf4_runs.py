@@ -61,6 +61,14 @@ def moe_parity(layout: Layout, hf_dir, te, config, values, ref_logits, ref_grads
     return errors
 
 
+def moe_weights(layout: Layout, dense, codes, te):
+    """Hugging Face name -> whole weight as it multiplies, of this rank's experts and of all else."""
+    with moe_models.sizes(**nf4_oracle.MOE_SIZES):
+        build = partial(moe_models.build_chunks, te=te, moe_grouped_gemm=te)
+        chunks, _ = chunks_of(layout, dense, codes_of=codes, build=build)
+        return whole_weights(chunks)
+
+
 def train(layout: Layout, hf_dir, quant, steps):
     """Losses, norms and this rank's adapters after some steps of SGD."""
     chunks, _ = chunks_of(layout, hf_dir, quant=quant)
