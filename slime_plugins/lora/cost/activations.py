@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from slime_plugins.lora.cost.memory import Adapter, Trained, adapters_of, vocabulary_rows
 from slime_plugins.lora.cost.model import BYTES, Model, Split, layer_of, shards_of
 from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.names import megatron_name
 
 RECOMPUTE = ("none", "selective", "full")
 """Megatron's ``--recompute-granularity``: nothing, core attention, whole layers one by one."""
@@ -126,7 +127,7 @@ class _Reckoning:
         hidden = self.S * self.model.hidden * self.e
         counted = [self._layer(number, frozen_input=number == 0 and recompute != "full") for number in layers]
         kept = sum(layer.kept(recompute, hidden) for layer in counted) + self._shared(recompute)
-        work = max(layer.work + layer.again(recompute, hidden) for layer in counted)
+        work = max(layer.work + layer.again(recompute, hidden) for layer in counted) + self._dense_weight(layers)
         logits = 0
         if stage == self.split.pp - 1:
             kept += self._norm(self.S, self.model.hidden) + (hidden if self.trained.base else 0)
@@ -134,10 +135,9 @@ class _Reckoning:
             logits = values * _FP32
             # slime: float32 logits, their softmax and a temporary; elsewhere float32 logits, in which the loss works
             # in place, and at first those in the model's own dtype beside them.
-            work = max(
-                work, values * (3 * _FP32 if self.kernels.fused else _FP32 + (self.e if self.e != _FP32 else 0))
-            )
-        return StageActivations(kept, self.split.pp - stage, work + self._dense_weight(layers), logits)
+            in_place = _FP32 + (self.e if self.e != _FP32 else 0)
+            work = max(work, values * (3 * _FP32 if self.kernels.fused else in_place))
+        return StageActivations(kept, self.split.pp - stage, work, logits)
 
     def _shared(self, recompute: str) -> int:
         """What all layers have together: the mask, and under recompute the angles of the rotary embedding."""
@@ -261,18 +261,15 @@ class _Reckoning:
             kept += rows * (3 if routed else 2) * width * e  # SiLU(gate), up + 0, and with experts their product
         return kept + (rows * _FP32 if routed else 0), rows * 3 * width * e
 
-    def _dense_weight(self, layers: Collection[int]) -> int:
+    def _dense_weight(self, layers: Collection[int | None]) -> int:
         """Of a 4-bit base, the linear that is dense while it multiplies; of experts all that a rank has."""
         if self.trained.quant is None:
             return 0
-        sizes: dict[tuple[int, str], int] = {}
+        sizes: dict[str, int] = {}
         for name, shape in self.model.linears().items():
-            number = layer_of(name)
-            if number is None or number not in layers:
+            if layer_of(name) not in layers:
                 continue
-            parent, leaf = name.rsplit(".", 1)
-            fused = "fc1" if leaf in ("gate_proj", "up_proj") else "qkv" if leaf[:2] in ("q_", "k_", "v_") else leaf
-            key = (number, f"{parent}.{fused}")
+            owner = megatron_name(name, mla=self.model.mla)[0]
             shards = shards_of(f"{name}.weight", shape, self.model, self.split)
-            sizes[key] = sizes.get(key, 0) + math.prod(shape) // shards
+            sizes[owner] = sizes.get(owner, 0) + math.prod(shape) // shards
         return max(sizes.values(), default=0) * self.e
