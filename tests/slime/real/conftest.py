@@ -7,14 +7,10 @@ SLIME_PYTHON   an interpreter with slime's requirements (numpy 1.x); this one by
 SLIME_REV      which version training runs use: v0.3.1 by default
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -81,17 +77,6 @@ def slime_python() -> str:
     if done.returncode:
         pytest.skip(f"needs an interpreter with slime's requirements: set SLIME_PYTHON ({done.stderr.strip()[-80:]})")
     return python
-
-
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """One run at a time on this machine: slime takes ports from 15000 on, and looks before it binds them.
-
-    Two at once have talked to each other's engines.
-    """
-    with (Path(tempfile.gettempdir()) / "slime-lora-real-run.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import re
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,3 +52,14 @@ def loads(requests: list[dict]) -> list[str]:
 def served(requests: list[dict]) -> list[str | None]:
     """The adapter of every answer to a rollout; None is the base."""
     return [r["payload"]["lora_path"] for r in requests if r["endpoint"] == "served"]
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """One run at a time on this machine: slime takes ports from 15000 on, and looks before it binds them.
+
+    Two at once have talked to each other's engines.
+    """
+    with (Path(tempfile.gettempdir()) / "slime-lora-real-run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -12,8 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import alone
-from runs import LORA, Run
+from runs import LORA, Run, alone
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 HERE = Path(__file__).parent
