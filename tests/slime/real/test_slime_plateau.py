@@ -1,6 +1,6 @@
 """slime's own train.py and train_async.py with validations, a plateau, a stop, and resumes, on a CPU.
 
-    as test_slime_training.py; nine runs of a minute
+    as test_slime_training.py; eleven runs, a minute or two each on a machine of their own
 
 The user's case: rate 1e-4, halved after two validations in a row that are not 5 % better, stopped below 6e-5.
 """
