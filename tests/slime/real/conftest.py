@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from checkouts import clone
-from runs import Run
+from runs import Run, alone
 
 from slime_plugins.lora.slime.patch import checkout
 
