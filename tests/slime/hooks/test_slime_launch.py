@@ -17,7 +17,7 @@ from packaging.version import Version
 from slime_plugins.lora import slime as hooks
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.slime.hooks import launch, paths, refusals, requests
-from slime_plugins.lora.slime.hooks.refusal import Launch
+from slime_plugins.lora.slime.hooks.refusal import Launch, adapted_linears
 
 
 def parse(*words, **settings):
@@ -217,7 +217,7 @@ def test_linear_attention_is_served_under_sglangs_names(tmp_path):
     assert set(args.sglang_lora_target_modules) == {
         "in_proj_qkvz", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     }  # fmt: skip
-    found = {(layer, path) for layer, path, _ in refusals.adapted_linears(args) if path.startswith("self_attention")}
+    found = {(layer, path) for layer, path, _ in adapted_linears(args) if path.startswith("self_attention")}
     linear = {f"self_attention.linear_attn.{leaf}" for leaf in ("in_proj_qkv", "in_proj_z", "out_proj")}
     attention = {"self_attention.linear_qkv", "self_attention.linear_proj"}
     assert found == {(n, path) for n in (0, 1) for path in linear} | {(2, path) for path in attention}
