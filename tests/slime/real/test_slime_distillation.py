@@ -8,6 +8,8 @@ In bf16, as slime trains, the loss agrees to 1e-3 and the gradient's norm to 1.5
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from distilled import PREFIX, Reference
 
@@ -121,9 +123,14 @@ def test_other_weights_teach(train, dense, expected, layout):
 
 
 def test_the_student_teaches_itself(train, dense, expected):
-    """With more to read; an average that keeps nothing is the student, also where slime offloads the trainer."""
+    """With more to read; in float32, for both policies have the noise of bf16 and differ by little."""
+    done = train(dense, "1", "--plugin", "exact", extra=f"{dense.flags} {TEMPLATE} --gkd-teacher live")
+    check(done, expected(dense, "live", PREFIX), loss=1e-6, norm=1e-5)
+
+
+def test_an_average_teaches(train, dense):
+    """One that keeps nothing is the student, also where slime offloads the trainer."""
     live = train(dense, "2", extra=f"{dense.flags} {TEMPLATE} --gkd-teacher live")
-    check(live, expected(dense, "live", PREFIX))
     average = f"{dense.flags} {TEMPLATE} --gkd-teacher ema --gkd-ema-decay"
     sampled = "--label-key label --n-samples-per-prompt 1 --rollout-batch-size 16 --gkd-lmbda 1"
     nothing = train(dense, "2", "--mode", "colocate", "--offload", extra=f"{average} 0 {sampled}")
@@ -148,6 +155,7 @@ def test_slimes_own_distillation_goes_on_beside_it(train, dense, expected):
     lora = dense.flags.partition(" --use-gkd")[0]
     alone = train(dense, "2", extra=f"{lora} {opd}")
     beside = train(dense, "2", extra=f"{dense.flags} --gkd-coef 0.5 {opd}")
-    assert alone.of("opd_reverse_kl")[0] == beside.of("opd_reverse_kl")[0] != 0
+    first = [json.loads((done.work / "steps.json").read_text())["rollouts"][0] for done in (alone, beside)]
+    assert first[0]["rollout/opd_reverse_kl"] == first[1]["rollout/opd_reverse_kl"] != 0
     assert beside.of("gkd/divergence")[0] == pytest.approx(expected(dense)[0], rel=1e-3)
     assert beside.of("grad_norm")[0] != alone.of("grad_norm")[0]
