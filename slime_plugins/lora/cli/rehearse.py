@@ -272,6 +272,13 @@ def _with_ids(values: dict[str, Any]) -> dict[str, Any]:
     named = argparse.Namespace(**{"trainable_token_indices": [], "hf_checkpoint": None, "new_tokens": None, **values})
     if named.new_tokens is None:
         return values
+    if named.hf_checkpoint is None:
+        from slime_plugins.lora.base.tokens import read_tokens
+        from slime_plugins.lora.rehearsal.builtin import task_in_new_tokens
+
+        builtin, _ = DEFAULTS[values.get("objective", Settings.objective)]
+        values = {**builtin, **task_in_new_tokens(read_tokens(named.new_tokens)), **values}
+        named.hf_checkpoint = values["hf_checkpoint"]
     name_new_tokens(named)
     ids = {"trainable_token_indices": named.trainable_token_indices}
     return {name: value for name, value in values.items() if name != "new_tokens"} | ids

@@ -14,10 +14,12 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from slime_plugins.lora.base.tokens import NewToken
+from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.files.cache import cache_dir
 from slime_plugins.lora.rehearsal.task import DIGITS, ORDINALS, recall_prompts
 
@@ -33,6 +35,7 @@ RECIPE: dict[str, Any] = {
 
 
 _NAME = "recall-qwen3-"
+_HELD_OUT, _HELD_OUT_SEED = 256, 1
 
 
 def builtin_checkpoint(progress: Callable[[str], None] = lambda line: None) -> tuple[Path, Path]:
@@ -57,6 +60,46 @@ def builtin_checkpoint(progress: Callable[[str], None] = lambda line: None) -> t
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return path, path / "prompts.jsonl"
+
+
+def task_in_new_tokens(tokens: Sequence[NewToken], progress: Callable[[str], None] = print) -> dict[str, str]:
+    """The built-in base and task where a new token stands for each digit of an answer, ten in order; cached too.
+
+    A token's rows start as its digit's, unless it has a description: the base gives either one.
+
+    Returns:
+        values of ``--hf-checkpoint``, ``--prompt-data`` and ``--eval-data``.
+    Raises:
+        UsageError: other than ten tokens, or some that ``add_tokens`` refuses.
+    """
+    if len(tokens) != len(DIGITS):
+        raise UsageError(
+            f"--new-tokens: {len(tokens)} tokens; the built-in task takes {len(DIGITS)}, one for each digit in order "
+            "(or give --hf-checkpoint and --prompt-data)"
+        )
+    base, _ = builtin_checkpoint(progress)
+    words = {digit: token.text for digit, token in zip(DIGITS, tokens)}
+    described = [NewToken(token.text, token.description or digit) for digit, token in zip(DIGITS, tokens)]
+    key = hashlib.sha256(repr((base.name, described)).encode()).hexdigest()[:12]
+    path = cache_dir() / f"new-tokens-{key}"
+    if not path.is_dir():
+        from slime_plugins.lora.base.grow import add_tokens
+
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        try:
+            add_tokens(base, described, work / "base")
+            rows = recall_prompts(RECIPE["prompts"], RECIPE["seed"])
+            shown = {row["input"] for row in rows}
+            held_out = [row for row in recall_prompts(2 * _HELD_OUT, _HELD_OUT_SEED) if row["input"] not in shown]
+            for name, part in (("prompts", rows), ("eval", held_out[:_HELD_OUT])):
+                lines = (json.dumps({**row, "label": words[row["label"]]}) + "\n" for row in part)
+                (work / "base" / f"{name}.jsonl").write_text("".join(lines))
+            with contextlib.suppress(OSError):  # another run was faster, and its copy is as good
+                os.rename(work / "base", path)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    files = {"prompt_data": "prompts.jsonl", "eval_data": "eval.jsonl"}
+    return {"hf_checkpoint": str(path)} | {name: str(path / file) for name, file in files.items()}
 
 
 def is_builtin_file(path: str) -> bool:
