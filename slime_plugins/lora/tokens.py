@@ -103,9 +103,9 @@ def add_token_rows(vocabulary: Vocabulary, ids: Sequence[int], dtype: torch.dtyp
 def sum_over_stages(model: Any) -> None:
     """Let a model's own ``finalize_model_grads_func`` sum tied rows, where there are any."""
     for chunk in chunks_of(model):
-        config: Any = get_model_config(chunk)
         parameters = (p for rows in iter_token_rows(chunk) for p in rows.lora_parameters().values())
         if any(getattr(parameter, "shared_embedding", False) for parameter in parameters):
+            config: Any = get_model_config(chunk)
             config.finalize_model_grads_func = summing_stages(config.finalize_model_grads_func)
 
 
