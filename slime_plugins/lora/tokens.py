@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads as parallel_finalize
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.utils import get_model_config
 
@@ -66,12 +69,24 @@ def check_ids(ids: Sequence[int], vocabulary: Vocabulary, chunks: Sequence[torch
             f"--trainable-token-indices: {outside[0]} is outside of the model's {vocabulary.size:,} rows; add the "
             "tokens to the base first (slime-lora add-tokens)"
         )
+    if ids and model_parallel() and parallel_state.get_tensor_model_parallel_world_size() > 1 and not _averages():
+        raise UsageError(
+            "--trainable-token-indices over tensor-parallel ranks: this Megatron-Core does not know "
+            "average_gradients_across_tp_domain, by which it sums their gradients; use a newer one, or "
+            "tensor-parallel size 1"
+        )
     for chunk in chunks:
         if any(name.startswith("mtp.") for name, _ in unwrapped(chunk).named_modules()):
             raise UsageError(
                 "--trainable-token-indices with multi-token prediction: its second use of the embedding, on another "
                 "stage, is not kept equal; train without --mtp-num-layers"
             )
+
+
+def _averages() -> bool:
+    """Does Megatron's ``finalize_model_grads`` average what is marked so? An older one would pass over the mark."""
+    finalize = sys.modules[parallel_finalize.__module__]
+    return "average_gradients_across_tp_domain" in inspect.getsource(finalize)
 
 
 def add_token_rows(vocabulary: Vocabulary, ids: Sequence[int], dtype: torch.dtype | None) -> list[TokenRows]:

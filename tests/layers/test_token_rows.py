@@ -348,3 +348,20 @@ def test_a_head_that_would_not_see_the_rows_is_refused(pool1, bases):
     with pytest.raises(WorkerError) as caught:
         pool1.run(a_head_of_another_class, bases[True])
     assert "output_layer is a Fused, for which trained rows have no form" in str(caught.value)
+
+
+def without_the_mark(layout: Layout, base):
+    import inspect
+
+    read = inspect.getsource
+    inspect.getsource = lambda thing: read(thing).replace("average_gradients_across_tp_domain", "something_else")
+    try:
+        adapted.adapted_chunks(base, ALONE)
+    finally:
+        inspect.getsource = read
+
+
+def test_a_megatron_that_would_not_sum_the_gradients_is_refused(pool2, bases):
+    with pytest.raises(WorkerError) as caught:
+        pool2.run(without_the_mark, bases[True], tp=2)
+    assert "does not know average_gradients_across_tp_domain" in str(caught.value)
