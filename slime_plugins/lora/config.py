@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from slime_plugins.lora.base.tokens import runs
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.targets import matches
 
@@ -167,13 +168,7 @@ def _of_ranges(words: Iterable[str]) -> tuple[int, ...]:
 
 def as_ranges(ids: Iterable[int]) -> list[str]:
     """The inverse: ids in order -> the shortest words."""
-    runs: list[list[int]] = []
-    for i in ids:
-        if runs and runs[-1][1] == i - 1:
-            runs[-1][1] = i
-        else:
-            runs.append([i, i])
-    return [str(a) if a == b else f"{a}-{b}" for a, b in runs]
+    return [str(run.start) if len(run) == 1 else f"{run.start}-{run[-1]}" for run in runs(ids)]
 
 
 def _ids(values: Any) -> tuple[int, ...]:

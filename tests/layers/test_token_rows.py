@@ -13,6 +13,7 @@ import torch
 from harness import Layout, WorkerError
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import get_model_config
+from safetensors.torch import load_file
 
 from slime_plugins.lora import (
     LoRAConfig,
@@ -26,6 +27,7 @@ from slime_plugins.lora import (
 )
 from slime_plugins.lora.adapters import base_parameters, iter_token_rows
 from slime_plugins.lora.cli import main
+from slime_plugins.lora.peft.verify import verify_adapter
 from slime_plugins.lora.rehearsal.tiny import make_tiny
 
 IDS = (5, 17, 63, 64, 70, 126)
@@ -249,6 +251,9 @@ def test_the_commands_carry_rows(pool1, bases, tied, config, tmp_path, capsys):
     expected = pool1.run(save_and_logits, base, config, saved)[0]
     run("export", "--checkpoint", saved, "--hf-checkpoint", base, "--out", out / "adapter")
     assert ("6 trained rows of lm_head" in capsys.readouterr().out) is not tied
+    stored = load_file(out / "adapter" / "adapter_model.safetensors")
+    report = verify_adapter(out / "adapter", base)
+    assert report.ok and report.checksums == len(stored), "every tensor is read once, and counted once"
     run("export", "--merge", "--checkpoint", saved, "--hf-checkpoint", base, "--out", out / "merged")
     run("merge", out / "adapter", "--hf-checkpoint", base, "--out", out / "merged again")
     run("import", "--adapter", out / "adapter", "--hf-checkpoint", base, "--out", out / "imported")

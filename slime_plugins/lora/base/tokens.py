@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,17 @@ class NewToken:
     text: str
     description: str | None = None
     """What follows a tab: words whose rows the token starts from."""
+
+
+def runs(ids: Iterable[int]) -> list[range]:
+    """The same ids, in the same order, as runs of consecutive ones."""
+    found: list[range] = []
+    for i in ids:
+        if found and found[-1].stop == i:
+            found[-1] = range(found[-1].start, i + 1)
+        else:
+            found.append(range(i, i + 1))
+    return found
 
 
 def read_tokens(path: str | os.PathLike) -> list[NewToken]:

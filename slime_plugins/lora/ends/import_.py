@@ -24,7 +24,7 @@ from slime_plugins.lora.layers.pieces import Piece, Placement
 from slime_plugins.lora.parallel import all_gather, everywhere, on_rank_0
 from slime_plugins.lora.peft.directory import validate_adapter
 from slime_plugins.lora.peft.read import PeftAdapter, distinct_A, equal
-from slime_plugins.lora.peft.rows import LEAVES, ids_of
+from slime_plugins.lora.peft.rows import LEAVES, trained_ids
 from slime_plugins.lora.projections import piece_key
 
 
@@ -83,7 +83,7 @@ def import_peft(model, adapter_dir: str | os.PathLike, *, optimizer=None, carrie
 def _rows(model, source: PeftAdapter) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
     """This rank's trained rows of the vocabulary and their new values. Raises ValueError if file and model differ."""
     here = config_of(model).trainable_token_indices
-    ids = next(iter(ids_of(source.config).values()), ())
+    ids = trained_ids(source.config)
     if tuple(sorted(ids)) != here:
         raise ValueError(
             f"{source.directory} has {len(ids)} trained vocabulary rows, this model {len(here)}, or others: give its "

@@ -12,7 +12,7 @@ import torch
 
 from slime_plugins.lora.peft.config import ADAPTER_NAME, is_target, key_of, module_rank, parse_key
 from slime_plugins.lora.peft.patterns import pattern
-from slime_plugins.lora.peft.rows import ALONE, EMBEDDING, ids_of, row_key
+from slime_plugins.lora.peft.rows import ALONE, EMBEDDING, ids_of, keys_by_leaf, row_key
 
 ZERO3_HINT = (
     "this is what save_pretrained leaves under DeepSpeed ZeRO-3 when the shards are not gathered: the weights are "
@@ -121,14 +121,17 @@ def tensor_problems(config: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
         return [Problem(kind="empty", message=f"the adapter holds no tensor at all: {ZERO3_HINT}")]
     shapes: dict[tuple[str, str], tuple[int, ...]] = {}
     problems: list[Problem] = []
+    rows: dict[str, int] = {}
     dtypes: dict[torch.dtype, list[str]] = {}
     for key in tensors:
-        parsed = parse_key(key)
+        parsed, of_rows = parse_key(key), row_key(key) is not None
         tensor = tensors[key]
-        if parsed is None and row_key(key) is None and not module_to_save(config, key):
+        if parsed is None and not of_rows and not module_to_save(config, key):
             problems.append(_problem("unknown_key", key, "is not a lora_A or lora_B of a linear layer"))
             continue
-        problems += value_problems(key, tensor, matrix=parsed is not None or row_key(key) is not None)
+        problems += value_problems(key, tensor, matrix=parsed is not None or of_rows)
+        if of_rows:
+            rows[key] = len(tensor) if tensor.ndim else 0
         if parsed in shapes:
             problems.append(_problem("unknown_key", key, "is there twice, with and without an adapter name"))
         if parsed is not None:
@@ -139,7 +142,7 @@ def tensor_problems(config: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
     if named:
         message = f"has an adapter's name in it, as {len(named)} keys have: vLLM refuses such a file"
         problems.append(_problem("key_name", named[0], f"{message}; drop '{ADAPTER_NAME}' from the keys"))
-    problems += _row_problems(config, tensors)
+    problems += _row_problems(config, rows)
     problems += _pair_problems(config, shapes)
     problems += _target_problems(config, {module for module, _ in shapes})
     if len(dtypes) > 1:
@@ -188,10 +191,9 @@ def _pair_problems(config: Mapping[str, Any], shapes: Mapping[tuple[str, str], t
             yield _problem("rank", key, message)
 
 
-def _row_problems(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Iterable[Problem]:
-    """Rows of the vocabulary that the config says are trained, and those that are there."""
-    ids = ids_of(config)
-    found = {module.rpartition(".")[2]: key for key in tensors if (module := row_key(key))}
+def _row_problems(config: Mapping[str, Any], rows: Mapping[str, int]) -> Iterable[Problem]:
+    """Rows of the vocabulary that the config says are trained, and those that are there: key -> their number."""
+    ids, found = ids_of(config), keys_by_leaf(rows)
     for leaf in ids.keys() - found.keys():
         message = f"adapter_config.json: rows of {leaf} are trained, and the adapter holds none"
         yield Problem(kind="missing", message=message)
@@ -199,8 +201,8 @@ def _row_problems(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
         wanted = ids.get(leaf) or (ids.get(EMBEDDING) if config.get("peft_type") == ALONE else None)
         if wanted is None:
             yield _problem("unknown_key", key, "holds rows that adapter_config.json does not name")
-        elif tensors[key].shape[0] != len(wanted):
-            yield _problem("shape", key, f"holds {tensors[key].shape[0]} rows of {len(wanted)} tokens")
+        elif rows[key] != len(wanted):
+            yield _problem("shape", key, f"holds {rows[key]} rows of {len(wanted)} tokens")
 
 
 def _target_problems(config: Mapping[str, Any], modules: set[str]) -> Iterable[Problem]:

@@ -19,7 +19,7 @@ from slime_plugins.lora.peft.config import module_alpha, module_rank, module_sca
 from slime_plugins.lora.peft.directory import AdapterTensors, read_adapter, validate_adapter
 from slime_plugins.lora.peft.experts_form import per_expert
 from slime_plugins.lora.peft.extra import extra_names, refuse_extra
-from slime_plugins.lora.peft.rows import ALONE, VocabularyRows, ids_of, row_key, rows_in
+from slime_plugins.lora.peft.rows import ALONE, VocabularyRows, row_key, rows_in, trained_ids
 
 
 class PeftAdapter:
@@ -144,10 +144,7 @@ def config_options(adapter: str | os.PathLike | PeftAdapter, layout: str | None 
     """
     source = adapter if isinstance(adapter, PeftAdapter) else PeftAdapter(adapter, carries=True)
     validate_adapter(source.config, source.tensors)
-    ids = set(ids_of(source.config).values())
-    if len(ids) > 1:
-        raise ValueError(f"{source.directory}: other rows of lm_head are trained than of embed_tokens")
-    rows = tuple(sorted(ids.pop())) if ids else ()
+    rows = tuple(sorted(trained_ids(source.config)))
     if source.config.get("peft_type") == ALONE:
         return {"target_modules": (), "trainable_token_indices": rows}
     linears = source.linears()

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+from slime_plugins.lora.base.tokens import runs
 from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.files.safetensors import Stored
 from slime_plugins.lora.peft.config import PREFIX
 
 ALONE = "TRAINABLE_TOKENS"
@@ -55,6 +57,12 @@ class VocabularyRows:
 
 def base_rows(base: BaseCheckpoint, leaf: str, ids: Sequence[int]) -> torch.Tensor:
     """These rows of the base's own matrix, [N, H]; of a tied output layer the embedding's."""
+    weight = _matrix(base, leaf, ids)
+    return torch.cat([weight.read(rows=slice(run.start, run.stop)) for run in runs(ids)])
+
+
+def _matrix(base: BaseCheckpoint, leaf: str, ids: Iterable[int]) -> Stored:
+    """The base's own matrix. Raises UsageError for an id that it has no row for."""
     weight = base.weights[matrix_of(base, leaf)]
     beyond = [i for i in ids if i >= weight.shape[0]]
     if beyond:
@@ -62,7 +70,7 @@ def base_rows(base: BaseCheckpoint, leaf: str, ids: Sequence[int]) -> torch.Tens
             f"{base.directory}: its {leaf} has {weight.shape[0]:,} rows, none for token {beyond[0]}; add the tokens "
             "first (slime-lora add-tokens)"
         )
-    return torch.cat([weight.read(rows=slice(i, i + 1)) for i in ids])
+    return weight
 
 
 def matrix_of(base: BaseCheckpoint, leaf: str) -> str:
@@ -107,7 +115,7 @@ def written(rows: Sequence[VocabularyRows], base: BaseCheckpoint) -> tuple[Chang
     """
     by_name = {matrix_of(base, one.leaf): one for one in rows}
     for one in rows:
-        base_rows(base, one.leaf, one.ids[-1:])
+        _matrix(base, one.leaf, one.ids)
 
     def change(name: str, weight: torch.Tensor) -> torch.Tensor:
         if name not in by_name:
@@ -138,6 +146,23 @@ def row_key(key: str) -> str | None:
     """The module of a key of trained rows; None for any other key."""
     match = _KEY.fullmatch(key)
     return match["module"] if match else None
+
+
+def keys_by_leaf(keys: Iterable[str]) -> dict[str, str]:
+    """``embed_tokens``, ``lm_head`` -> the key of its trained rows, of those of an adapter."""
+    return {module.rpartition(".")[2]: key for key in keys if (module := row_key(key))}
+
+
+def trained_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids whose rows are trained, as the config lists them; () of an adapter without.
+
+    Raises:
+        ValueError: as ``ids_of``, or others of lm_head than of embed_tokens.
+    """
+    found = set(ids_of(config).values())
+    if len(found) > 1:
+        raise ValueError("adapter_config.json: other rows of lm_head are trained than of embed_tokens")
+    return found.pop() if found else ()
 
 
 def ids_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -174,12 +199,10 @@ def rows_in(
         ValueError: tensors that are missing, of another shape or not finite, ids that differ between the two matrices,
             a matrix that is not trained beside one that is.
     """
-    ids = ids_of(config)
+    ids, listed = ids_of(config), trained_ids(config)
     if not ids:
         return []
-    if len(set(ids.values())) > 1:
-        raise ValueError("adapter_config.json: other rows of lm_head are trained than of embed_tokens")
-    keys = {module.rpartition(".")[2]: key for key in tensors if (module := row_key(key))}
+    keys = keys_by_leaf(tensors)
     wanted = (EMBEDDING,) if base.tied else (EMBEDDING, HEAD)
     missing = [leaf for leaf in wanted if leaf not in ids or leaf not in keys]
     if missing:
@@ -187,11 +210,11 @@ def rows_in(
             f"the adapter trains rows of {', '.join(ids)} and holds no rows of {missing[0]}; a model trains both"
         )
     found = []
+    order = sorted(range(len(listed)), key=listed.__getitem__)
     for leaf in wanted:
-        values, theirs = tensors[keys[leaf]], base_rows(base, leaf, ids[leaf])
+        values, theirs = tensors[keys[leaf]], base_rows(base, leaf, listed)
         if values.shape != theirs.shape or not torch.isfinite(values).all():
             raise ValueError(f"{keys[leaf]} is {list(values.shape)}, expected finite values, {list(theirs.shape)}")
-        order = sorted(range(len(ids[leaf])), key=ids[leaf].__getitem__)
         delta = values.float() - theirs.float()
-        found.append(VocabularyRows(leaf, tuple(ids[leaf][i] for i in order), delta[order]))
+        found.append(VocabularyRows(leaf, tuple(sorted(listed)), delta[order]))
     return found
