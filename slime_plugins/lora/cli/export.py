@@ -132,22 +132,18 @@ def _export(projections, rows, checkpoint, base, args: argparse.Namespace) -> No
     from slime_plugins.lora.peft.experts_export import unread_by_peft
     from slime_plugins.lora.peft.extra import FOLDER, extra_of, put_extra
     from slime_plugins.lora.peft.form import to_peft
-    from slime_plugins.lora.peft.rows import with_rows
     from slime_plugins.lora.peft.serve_dir import make_serve_dir
     from slime_plugins.lora.quant.dequantize import is_dequantised
 
-    adapter = None
-    if projections or not rows:
-        adapter = to_peft(
-            projections,
-            base,
-            dropout=checkpoint.manifest.config.dropout,
-            patterns=args.peft_patterns,
-            moe_format=args.moe_format,
-            names=args.names,
-        )
-    adapter = with_rows(adapter, rows, base) if rows else adapter
-    assert adapter is not None
+    adapter = to_peft(
+        projections,
+        base,
+        dropout=checkpoint.manifest.config.dropout,
+        patterns=args.peft_patterns,
+        moe_format=args.moe_format,
+        names=args.names,
+        rows=rows,
+    )
     unread = unread_by_peft(base, args.names, args.moe_format, (p.name for p in projections))
     if unread:
         print(f"slime-lora: warning: {unread}", file=sys.stderr)

@@ -19,7 +19,7 @@ from slime_plugins.lora.parallel import everywhere, expert_group, gather_on_firs
 from slime_plugins.lora.peft.directory import write_adapter
 from slime_plugins.lora.peft.experts_export import unread_by_peft
 from slime_plugins.lora.peft.form import to_peft
-from slime_plugins.lora.peft.rows import LEAVES, VocabularyRows, with_rows
+from slime_plugins.lora.peft.rows import LEAVES, VocabularyRows
 from slime_plugins.lora.projections import Projection
 
 
@@ -56,11 +56,8 @@ def export_peft(
             unread = unread_by_peft(base, "module", moe_format, (p.name for p in projections))
             if unread:
                 warnings.warn(f"{out_dir}: {unread}", stacklevel=2)
-            adapter = None
-            if projections or not rows:
-                adapter = to_peft(projections, base, dropout=config_of(model).dropout, moe_format=moe_format)
-            adapter = with_rows(adapter, rows, base) if rows else adapter
-            assert adapter is not None
+            dropout = config_of(model).dropout
+            adapter = to_peft(projections, base, dropout=dropout, moe_format=moe_format, rows=rows)
             write_adapter(out_dir, *adapter, base=base, base_quant=quant)
 
     everywhere(write)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.peft.config import is_target, key_of, target_list
 from slime_plugins.lora.peft.experts_export import for_experts
 from slime_plugins.lora.peft.experts_form import FORMATS
+from slime_plugins.lora.peft.rows import VocabularyRows, with_rows
 from slime_plugins.lora.projections import Projection
 
 
@@ -26,6 +27,7 @@ def to_peft(
     patterns: bool = False,
     moe_format: str = "per-expert",
     names: str = "module",
+    rows: Sequence[VocabularyRows] = (),
 ) -> tuple[dict, dict[str, torch.Tensor]]:
     """``adapter_config.json`` and the tensors of ``adapter_model.safetensors``.
 
@@ -35,11 +37,14 @@ def to_peft(
     ``dropout``: that it was trained with, for the config alone.
     ``moe_format``: of routed experts, see ``moe_form``; ``fused`` experts have no patterns of their own.
     ``names``: how modules are called, one of ``base.spelling.SPELLINGS``.
+    ``rows``: of the vocabulary, trained beside the projections or alone (``peft.rows``).
 
     Raises:
         UsageError: ``hf_checkpoint`` is not a checkpoint directory, or a format that there is not.
-        ValueError: no projection at all, or one that does not fit the base.
+        ValueError: no projection and no row at all, or a projection that does not fit the base.
     """
+    if rows and not projections:
+        return with_rows(None, rows, BaseCheckpoint.of(hf_checkpoint))
     if not projections:
         raise ValueError("there is no adapter to export: no linear of this model carries one")
     if moe_format not in FORMATS or (patterns and moe_format == "fused"):
@@ -69,7 +74,8 @@ def to_peft(
         A, B = (p.A.detach().cpu(), p.B.detach().cpu()) if patterns else _flat(p, rank, scaling)
         tensors[key_of(p.name, "A")] = A
         tensors[key_of(p.name, "B")] = B
-    return for_experts(peft_config, tensors, base, moe_format, names)
+    adapter = for_experts(peft_config, tensors, base, moe_format, names)
+    return with_rows(adapter, rows, base) if rows else adapter
 
 
 def select(adapted: Iterable[str], base: BaseCheckpoint, names: str = "module") -> dict[str, Any]:
