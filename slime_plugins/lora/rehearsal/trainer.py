@@ -20,6 +20,7 @@ import torch
 from slime_plugins.lora.control.rates import scale_rates, with_lora_plus
 from slime_plugins.lora.objectives import make_objective
 from slime_plugins.lora.objectives.batch import Batch
+from slime_plugins.lora.objectives.head import output_weight, without_head
 from slime_plugins.lora.objectives.objective import Computed, ModelOutput
 from slime_plugins.lora.objectives.teacher import AnotherAdapter, Teacher, copy_of, read_another
 from slime_plugins.lora.rehearsal import cpu
@@ -252,25 +253,12 @@ class RankTrainer:
             values = computed.of(output, micro)
             return values.new_zeros(()), {"values": values}
 
-        with self._without_head() if computed.hidden else contextlib.nullcontext():
+        with without_head(self.chunks[-1]) if computed.hidden else contextlib.nullcontext():
             outputs = self._run(batch, keep, forward_only=True, hidden=computed.hidden)
         return torch.cat([output["values"] for output in outputs]) if outputs else None
 
-    @contextlib.contextmanager
-    def _without_head(self) -> Iterator[None]:
-        """Inside, the model gives its final hidden states [N, S (/T under SP), H] in place of logits."""
-        layer = getattr(self.chunks[-1], "output_layer", None)
-        if layer is None or not self.is_last_stage:
-            yield
-            return
-        layer.forward = lambda hidden, *args, **options: (hidden, None)
-        try:
-            yield
-        finally:
-            del layer.forward
-
     def _whole_sequence(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, S, H] of what ``_without_head`` makes the model give."""
+        """[N, S, H] of what ``without_head`` makes the model give."""
         from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
         if not self.config.sequence_parallel:
@@ -299,14 +287,8 @@ class RankTrainer:
             vocab_size=self.vocab_size,
             token_log_probs=lambda: self._token_log_probs(logits, micro.tokens),
             tp_group=mpu.get_tensor_model_parallel_group(),
-            head=self._head(),
+            head=output_weight(self.chunks[-1]),
         )
-
-    def _head(self) -> torch.Tensor:
-        """This rank's rows of the output layer's weight, on the last stage."""
-        last = self.chunks[-1]
-        tied = last.share_embeddings_and_output_weights
-        return (last.shared_embedding_or_output_weight() if tied else last.output_layer.weight).detach()
 
     def _token_log_probs(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Log-prob of token t at position t, float32 [N, S], from this rank's shard of logits [N, S, V/T]."""
@@ -331,7 +313,7 @@ class RankTrainer:
     ) -> list[dict]:
         """Megatron's schedule over a batch; ``consume(output, micro)`` gives a loss and a dict.
 
-        ``hidden``: inside ``_without_head``; the output is hidden states [N, S, H].
+        ``hidden``: inside ``without_head``; the output is hidden states [N, S, H].
 
         Returns the dicts, on the last stage.
         """

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core import mpu
 
 from slime_plugins.lora.objectives.divergence import Divergence, Vocabulary, reduce_over
+from slime_plugins.lora.objectives.head import output_weight, without_head
 from slime_plugins.lora.objectives.teacher import Teacher
 from slime_plugins.lora.parallel import unwrapped
 from slime_plugins.lora.slime.hooks.distillation import is_given
@@ -94,10 +95,10 @@ def teach(args: Namespace, rollout_id: int, rollout_data: dict) -> None:
     _current.hidden.clear()
     shown, students = _shown(rollout_data)
     with _current.teacher.active(), no_replay():
-        with _without_head(_current.model):
+        with without_head(_last(_current.model)):
             _forward(args, _current.model, shown, students)
         if isinstance(_current.teacher, OtherWeights) and mpu.is_pipeline_last_stage():
-            _current.head = _head(_current.model).clone()
+            _current.head = output_weight(_last(_current.model)).clone()
 
 
 def _shown(rollout_data: dict) -> tuple[dict, dict[int, torch.Tensor]]:
@@ -123,7 +124,7 @@ def _forward(args: Namespace, model: Any, shown: dict, students: dict[int, torch
     def keep(output: torch.Tensor, *, unconcat_tokens, total_lengths, response_lengths, **_unused):
         assert _current is not None
         states = _whole_sequence(output, _config(model))[0]
-        states = states.to(_head(model).dtype)  # Megatron's wrapper hands float32 out
+        states = states.to(output_weight(_last(model)).dtype)  # Megatron's wrapper hands float32 out
         found = _rows(args, len(states), unconcat_tokens, total_lengths, response_lengths)
         for tokens, length, (rows, places) in zip(unconcat_tokens, response_lengths, found):
             student, own = students[id(tokens)], states[rows.to(states.device)]
@@ -184,7 +185,7 @@ def loss(args: Namespace, batch: dict, logits: torch.Tensor, sum_of_sample_mean)
     weights[row] = _weights(sum_of_sample_mean, len(row), logits.device)
     place = torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device)
     place[row] = torch.arange(len(row), device=logits.device)
-    head, width = _head(_current.model) if _current.head is None else _current.head, logits.shape[-1]
+    head, width = output_weight(_last(_current.model)) if _current.head is None else _current.head, logits.shape[-1]
     divergence, statistics = Divergence(args.gkd_beta, args.gkd_temperature, args.gkd_chunk_size)(
         logits[0],
         lambda index: hidden[place[index[0]]] @ head.t(),
@@ -252,31 +253,6 @@ def _last(model: Any) -> torch.nn.Module:
 
 def _config(model: Any) -> Any:
     return _last(model).config
-
-
-def _head(model: Any) -> torch.Tensor:
-    """This rank's rows of the output layer's weight, on the last stage."""
-    last: Any = _last(model)
-    tied = last.share_embeddings_and_output_weights
-    return (last.shared_embedding_or_output_weight() if tied else last.output_layer.weight).detach()
-
-
-@contextlib.contextmanager
-def _without_head(model: Any) -> Iterator[None]:
-    """Inside, the model gives its final hidden states in place of logits."""
-    layer: Any = getattr(_last(model), "output_layer", None)
-    if layer is None:
-        yield
-        return
-    own = layer.__dict__.get("forward")
-    layer.forward = lambda hidden, *args, **options: (hidden, None)
-    try:
-        yield
-    finally:
-        if own is None:
-            del layer.forward
-        else:
-            layer.forward = own
 
 
 def _whole_sequence(hidden: torch.Tensor, config: Any) -> torch.Tensor:
