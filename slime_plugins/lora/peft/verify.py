@@ -152,26 +152,41 @@ def verify_adapter(
             for name in absent_targets(config, [module for module, _ in shapes])
         ]
     else:
-        other, report.base_compared = tensors.other_base(base, full=full)
-        report.problems += [Problem(kind="base", message=other)] if other else []
-        modules = {module for module, _ in shapes}
-        report.names = base.spelling_of(modules) if names is None else names
-        adapted = Adapted(base, report.names, fused=tensors is not written)
-        if names is None:
-            report.problems += _name_problems(adapted, modules)
-        if config.get("peft_type") != ALONE:
-            report.problems += _base_problems(config, shapes, base, report)
-        report.problems += _idle_rows(config, tensors, base, adapts=bool(modules))
-        if modules & base.names(report.names).keys():
-            left = left_out(adapted, modules)
-            report.loaders = {loader: describe(reasons, len(modules)) for loader, reasons in left.items()}
-            report.warnings += [Problem(kind="loader", message=line) for line in warnings(left, len(modules))]
-        if ids_of(config):
-            report.loaders |= dict.fromkeys((VLLM, SGLANG), "does not serve trained vocabulary rows")
+        _against_base(report, config, tensors, base, shapes, full=full, names=names, fused=tensors is not written)
     report.warnings += [
         Problem(kind="server", message=message) for message in _server_warnings(config, {m for m, _ in shapes})
     ]
     return report
+
+
+def _against_base(
+    report: Report,
+    config: Mapping[str, Any],
+    tensors: Any,
+    base: BaseCheckpoint,
+    shapes: Mapping[tuple[str, str], tuple[int, ...]],
+    *,
+    full: bool,
+    names: str | None,
+    fused: bool,
+) -> None:
+    """What the base adds: is it the adapter's, are its modules and shapes, who loads what. ``fused``: of experts."""
+    other, report.base_compared = tensors.other_base(base, full=full)
+    report.problems += [Problem(kind="base", message=other)] if other else []
+    modules = {module for module, _ in shapes}
+    report.names = base.spelling_of(modules) if names is None else names
+    adapted = Adapted(base, report.names, fused=fused)
+    if names is None:
+        report.problems += _name_problems(adapted, modules)
+    if config.get("peft_type") != ALONE:
+        report.problems += _base_problems(config, shapes, base, report)
+    report.problems += _idle_rows(config, tensors, base, adapts=bool(modules))
+    if modules & base.names(report.names).keys():
+        left = left_out(adapted, modules)
+        report.loaders = {loader: describe(reasons, len(modules)) for loader, reasons in left.items()}
+        report.warnings += [Problem(kind="loader", message=line) for line in warnings(left, len(modules))]
+    if ids_of(config):
+        report.loaders |= dict.fromkeys((VLLM, SGLANG), "does not serve trained vocabulary rows")
 
 
 class _Watched(Mapping[str, torch.Tensor]):
