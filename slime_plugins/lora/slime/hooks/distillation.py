@@ -13,7 +13,7 @@ from typing import Any
 
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.objectives.teacher_prompt import TeacherPrompt
-from slime_plugins.lora.slime.hooks.paths import adapter_step_dir
+from slime_plugins.lora.slime.hooks.paths import resumed_step
 from slime_plugins.lora.slime.hooks.teachers import check_teacher
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def set_up(args: Namespace) -> None:
     for name in ("gkd_temperature", "gkd_chunk_size"):
         if not getattr(args, name) > 0:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number above 0")
-    resumes = args.load is not None and adapter_step_dir(args.load, args.ckpt_step) is not None
+    resumes = resumed_step(args) is not None
     sampled = not args.debug_train_only
     objective.check_values(copies=args.n_samples_per_prompt if sampled else 1, resumed=resumes)
     if args.gkd_teacher_prompt_template is not None:

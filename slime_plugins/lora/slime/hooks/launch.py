@@ -15,7 +15,7 @@ from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.slime.hooks import distillation
 from slime_plugins.lora.slime.hooks.control import flags as control
-from slime_plugins.lora.slime.hooks.paths import TRACKER, adapter_step_dir, step_dir
+from slime_plugins.lora.slime.hooks.paths import TRACKER, resumed_step, step_dir
 from slime_plugins.lora.slime.hooks.refusal import Launch
 from slime_plugins.lora.slime.hooks.refusals import refused
 from slime_plugins.lora.slime.hooks.serving import serve_adapters
@@ -149,7 +149,7 @@ def validate_in_slime(args: Namespace) -> None:
     distillation.set_up(args)
     if args.load is not None and (Path(args.load) / TRACKER).is_file() and step_dir(args.load, args.ckpt_step) is None:
         raise UsageError(f"--load {args.load} has no checkpoint of step {args.ckpt_step or 'its tracker'}")
-    if args.load is not None and adapter_step_dir(args.load, args.ckpt_step) is None:
+    if args.load is not None and resumed_step(args) is None:
         # The base, even where it is a Megatron checkpoint with an iteration and an optimizer of its own.
         args.finetune = args.no_load_optim = args.no_load_rng = True
         if args.start_rollout_id is None:

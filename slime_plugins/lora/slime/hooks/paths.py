@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -32,3 +33,9 @@ def adapter_step_dir(path: str | Path, step: int | None = None) -> Path | None:
     """As ``step_dir``, for a checkpoint that holds adapters; None for a base checkpoint or none at all."""
     found = step_dir(path, step)
     return found if found is not None and (found / ADAPTER_FILE).is_file() else None
+
+
+def resumed_step(args: Namespace) -> Path | None:
+    """The checkpoint of adapters that slime's ``--load`` goes on from; None for a base, or no ``--load``."""
+    load = getattr(args, "load", None)
+    return None if load is None else adapter_step_dir(load, getattr(args, "ckpt_step", None))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slime_plugins.lora.parallel import rank
-from slime_plugins.lora.slime.hooks.paths import adapter_step_dir
+from slime_plugins.lora.slime.hooks.paths import adapter_step_dir, resumed_step
 
 if TYPE_CHECKING:
     from slime_plugins.lora.slime.hooks.policies import Policies
@@ -77,7 +77,7 @@ def _put(store: Policies, args: Namespace, model, kept: Path | None) -> None:
 
 def _resumed_run(args: Namespace) -> Path | None:
     """The directory of the run that goes on; None for one that starts."""
-    step = None if args.load is None or args.finetune else adapter_step_dir(args.load, args.ckpt_step)
+    step = None if args.finetune else resumed_step(args)
     return None if step is None else step.parent
 
 

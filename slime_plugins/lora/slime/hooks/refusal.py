@@ -16,7 +16,7 @@ from packaging.version import Version
 
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.names import LINEARS, Linear, hf_names, in_linear_attention
-from slime_plugins.lora.slime.hooks.paths import adapter_step_dir
+from slime_plugins.lora.slime.hooks.paths import resumed_step
 from slime_plugins.lora.targets import Targets
 
 ROUTER = "mlp.router"
@@ -41,8 +41,7 @@ class Launch:
     @property
     def resumes(self) -> bool:
         """Does it go on from a checkpoint of adapters?"""
-        load = self.given("load")
-        return load is not None and adapter_step_dir(load, self.given("ckpt_step")) is not None
+        return resumed_step(self.args) is not None
 
     @cached_property
     def base(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from slime_plugins.lora.control.arguments import add_plateau_arguments, plateau_
 from slime_plugins.lora.control.history import History
 from slime_plugins.lora.control.plateau import EVAL, Plateau
 from slime_plugins.lora.errors import UsageError
-from slime_plugins.lora.slime.hooks.paths import adapter_step_dir
+from slime_plugins.lora.slime.hooks.paths import resumed_step
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -88,7 +88,7 @@ def resumes(args: Namespace) -> bool:
 
 
 def _resumed(args: Namespace) -> Path | None:
-    return None if args.load is None or args.finetune else adapter_step_dir(args.load, args.ckpt_step)
+    return None if args.finetune else resumed_step(args)
 
 
 def _next_rollout(args: Namespace) -> int:
