@@ -16,7 +16,7 @@ from megatron.core.distributed import finalize_model_grads as parallel_finalize
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.utils import get_model_config
 
-from slime_plugins.lora.adapters import iter_token_rows
+from slime_plugins.lora.adapters import config_of, iter_token_rows
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.layers import FrozenLinear, TokenRows, adapt_rows, frozen_of
 from slime_plugins.lora.layers.forms.tokens import FORMS, SUMS_STAGES
@@ -117,6 +117,8 @@ def add_token_rows(vocabulary: Vocabulary, ids: Sequence[int], dtype: torch.dtyp
 
 def sum_over_stages(model: Any) -> None:
     """Let a model's own ``finalize_model_grads_func`` sum tied rows, where there are any."""
+    if not config_of(model).trainable_token_indices:
+        return
     for chunk in chunks_of(model):
         parameters = (p for rows in iter_token_rows(chunk) for p in rows.lora_parameters().values())
         if any(getattr(parameter, "shared_embedding", False) for parameter in parameters):
