@@ -17,13 +17,21 @@ def _clear(*tensors: torch.Tensor | None) -> None:
             tensor.data = tensor.new_empty(0)
 
 
-def _norm(x, weight, bias, module):
+def norm(x, weight, bias, module):
     scale = weight.float() + 1.0 if module.zero_centered_gamma else weight.float()
     if module.normalization == "RMSNorm":
         normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + module.eps) * scale
     else:
         normed = F.layer_norm(x.float(), x.shape[-1:], scale, None if bias is None else bias.float(), module.eps)
     return normed.to(x.dtype)
+
+
+def norm_backward(grad, x, weight, bias, module):
+    """Gradients of x, weight and, where there is one, bias."""
+    inputs = [t.detach().requires_grad_() for t in (x, weight, bias) if t is not None]
+    with torch.enable_grad():
+        again = norm(*(inputs if bias is not None else [*inputs, None]), module)
+    return (*torch.autograd.grad(again, inputs, grad), None)[:3]
 
 
 def _forward_gemm(x_NI, weight, bias, module):
@@ -84,7 +92,7 @@ class _LayerNormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, inp, norm_weight, norm_bias, weight, bias, module):
         x_NI = inp.view(-1, module.in_features)
-        normed = _norm(x_NI, norm_weight, norm_bias, module)
+        normed = norm(x_NI, norm_weight, norm_bias, module)
         out, gathered = _forward_gemm(normed, weight, bias, module)
         _clear(gathered)
         ctx.returned = module.return_layernorm_output
@@ -102,10 +110,7 @@ class _LayerNormLinear(torch.autograd.Function):
         dgrad, wgrad, grad_NO = _backward_gemm(grad.reshape(-1, grad.shape[-1]), normed, weight, ctx.module)
         if ctx.returned:
             dgrad = dgrad + grad_normed.reshape(dgrad.shape)
-        inputs = [t.detach().requires_grad_() for t in (x_NI, norm_weight, norm_bias) if t is not None]
-        with torch.enable_grad():
-            again = _norm(*(inputs if norm_bias is not None else [*inputs, None]), ctx.module)
-        dx, dgamma, dbeta = (*torch.autograd.grad(again, inputs, dgrad), None)[:3]
+        dx, dgamma, dbeta = norm_backward(dgrad, x_NI, norm_weight, norm_bias, ctx.module)
         return dx.view(ctx.shape), dgamma, dbeta, wgrad, grad_NO.sum(0) if ctx.use_bias else None, None
 
 
@@ -342,7 +347,7 @@ class _Norm(torch.nn.Module):
         self.weight, self.bias = _norm_parameters(self, hidden_size, params_dtype, sequence_parallel)
 
     def forward(self, x):
-        return _norm(x, self.weight, self.bias, self)
+        return norm(x, self.weight, self.bias, self)
 
 
 class RMSNorm(_Norm):

@@ -1,0 +1,457 @@
+"""What LoRA adds to a step's memory traffic, counted and not timed. Exit 1 if it adds more than is allowed.
+
+    python bench/traffic.py                          local and TransformerEngine linears and experts; TP=1, 2, 2+SP
+    python bench/traffic.py --layouts split --settings TP=2+SP
+
+A GPU's time for rank-r products is the bytes they move, and a CPU's is not, so a CPU's seconds say nothing about it.
+Counted instead, of one linear with an adapter minus the same linear frozen, forward and backward under Megatron's DDP:
+
+    kernels       operations that launch one: everything torch dispatches but views, allocations and collectives
+    NI, NO        bytes read and written of tensors as wide as the linear's input or output, in bf16, for N tokens and
+                  the I and O of this rank: 4NI is one read and one write of the input. A norm is one kernel that
+                  reads and writes once, as TransformerEngine's and torch's are on a GPU
+    kept          of those, what the forward keeps for the backward
+    sent          elements that go through collectives, per token: the whole tensor's, whatever the algorithm
+
+The four linears of a Qwen layer, and the two of a layer of experts. TransformerEngine is the stand-in of tests/te_stub
+(its products and exchanges are TE's, its kernels torch's). ``recompute`` is a forward more, as under full activation
+recompute. PEFT's layer beside them, on one projection and so for a plain linear.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from _harness import SETTINGS, Setting, run_ranks, table, write_json
+from torch.utils._python_dispatch import TorchDispatchMode
+
+HIDDEN, HEADS, GROUPS, HEAD_DIM, FFN = 48, 4, 2, 20, 72
+TOKENS, RANK, EXPERTS = 128, 4, 4
+"""No two of the sizes that a tensor can have here are equal: a tensor's size says what it is."""
+LINEARS = {
+    "qkv": ("self_attention.linear_qkv", "column", HIDDEN, (HEADS + 2 * GROUPS) * HEAD_DIM),
+    "proj": ("self_attention.linear_proj", "row", HEADS * HEAD_DIM, HIDDEN),
+    "fc1": ("mlp.linear_fc1", "column", HIDDEN, 2 * FFN),
+    "fc2": ("mlp.linear_fc2", "row", FFN, HIDDEN),
+}
+"""Short name -> path in a layer, how it is cut, input and output features of all ranks."""
+STAND_IN = Path(__file__).resolve().parent.parent / "tests" / "te_stub"
+LAYOUTS = ("fused", "split")
+NOT_KERNELS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view", "lift_fresh")
+WRITTEN_ONLY = ("copy_", "zero_", "fill_")
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what is dispatched inside.
+
+    Args:
+        widths: storage size in elements -> ``NI`` or ``NO``, and the share of such a tensor that it is.
+    """
+
+    def __init__(self, widths: dict[int, tuple[str, float]]) -> None:
+        super().__init__()
+        self._widths, self._paused = widths, False
+        self.count: Counter[str] = Counter()
+        """``kernels``, ``NI``, ``NO`` (passes over such a tensor), ``sent`` (elements)."""
+        self.names: Counter[str] = Counter()
+        """Of the kernels, to look into a difference."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if self._paused:
+            return result
+        namespace, _, name = func.name().split(".")[0].partition("::")
+        if namespace in ("c10d", "_c10d_functional"):
+            self.count["sent"] += max(_numel(args[0]), _numel(args[1])) if name != "barrier" else 0
+        elif not func.is_view and name not in NOT_KERNELS:
+            written = [a for a, s in zip(args, func._schema.arguments) if s.alias_info and s.alias_info.is_write]
+            read = [a for a in args if not (name in WRITTEN_ONLY and any(a is w for w in written))]
+            self._add(name, read, written or result)
+        return result
+
+    def one_kernel(self, function):
+        """``function``, counted as one kernel that reads its arguments and writes its results."""
+
+        def run(*args):
+            if self._paused:
+                return function(*args)
+            self._paused = True
+            try:
+                result = function(*args)
+            finally:
+                self._paused = False
+            self._add(function.__name__, args, result)
+            return result
+
+        return run
+
+    def _add(self, name: str, read: Any, written: Any) -> None:
+        self.count["kernels"] += 1
+        self.names[name] += 1
+        for tensor in (*_tensors(read), *_tensors(written)):
+            side, share = self._widths.get(tensor.untyped_storage().nbytes() // tensor.element_size(), ("", 0))
+            if side:  # a view of it moves its own part
+                self.count[side] += share * tensor.numel() * tensor.element_size() / tensor.untyped_storage().nbytes()
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for item in value for t in _tensors(item)] if isinstance(value, (list, tuple)) else []
+
+
+def _numel(value: Any) -> int:
+    return sum(tensor.numel() for tensor in _tensors(value))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One linear of one implementation."""
+
+    implementation: str
+    """``local``, ``te``, ``experts`` (of a SequentialMLP), ``te experts``, ``peft``."""
+    linear: str
+    """A key of ``LINEARS``."""
+
+    @property
+    def of_experts(self) -> bool:
+        return "experts" in self.implementation
+
+    def widths(self, setting: Setting) -> dict[int, tuple[str, float]]:
+        """Elements of a storage -> what it is. Experts see all tokens, and TP does not cut them here."""
+        _, parallel, size_in, size_out = LINEARS[self.linear]
+        tp = 1 if self.of_experts else setting.tp
+        size_in, size_out = size_in // (tp if parallel == "row" else 1), size_out // (tp if parallel == "column" else 1)
+        tokens = {TOKENS: 1.0} | ({TOKENS // tp: 1 / tp} if setting.sequence_parallel and tp > 1 else {})
+        found = {n * size: (side, share) for n, share in tokens.items() for side, size in (("NI", size_in), ("NO", size_out))}
+        assert len(found) == 2 * len(tokens), "two sizes are equal"
+        return found
+
+
+def cases_of(setting: Setting) -> list[Case]:
+    kinds = ["local", "te", *(["experts", "te experts", "peft"] if setting.tp == 1 else [])]
+    return [
+        Case(kind, linear)
+        for kind in kinds
+        for linear in LINEARS
+        if linear.startswith("fc") or "experts" not in kind
+        if linear == "proj" or kind != "peft"
+    ]
+
+
+def main() -> int:
+    args = parse_args()
+    # Before Megatron is imported: a rank decides then whether there is a TransformerEngine.
+    sys.path.insert(0, str(STAND_IN))
+    results = []
+    for setting in SETTINGS:
+        if not args.settings or str(setting) in args.settings:
+            results += run_ranks(count_all, setting, args.layouts)[0]
+    layers = [Layer.of(linears) for linears in by_layer(results)]
+    print(f"LoRA minus frozen base, per layer; NI and NO: bytes in bf16 of the linear with most; rank r = {RANK}")
+    print(render(layers))
+    problems = [problem for layer in layers for problem in layer.over_limit()]
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    print(write_json("traffic.json", {"rank": RANK, "results": results}, args.json))
+    return 1 if problems else 0
+
+
+def by_layer(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    keys = ("setting", "implementation", "layout")
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault(tuple(result[key] for key in keys), []).append(result)
+    return list(groups.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """The linears of one layer together."""
+
+    name: tuple[str, str, str]
+    """Setting, implementation, layout."""
+    kernels: float
+    recompute: float
+    """The same with a forward more."""
+    NI: float
+    NO: float
+    kept_wide: str
+    """What is kept as wide as an input or output: of which linears."""
+    kept: float
+    """Other elements kept, per token."""
+    sent_forward: float
+    sent_backward: float
+
+    @classmethod
+    def of(cls, linears: list[dict[str, Any]]) -> Layer:
+        def total(when: str, what: str) -> float:
+            return sum(linear[when].get(what, 0) for linear in linears)
+
+        def most(what: str) -> float:
+            return 2 * max(linear["forward"].get(what, 0) + linear["backward"].get(what, 0) for linear in linears)
+
+        wide = [
+            f"{linear['linear']} {linear['kept'].get(side, 0):g}{side}"
+            for linear in linears
+            for side in ("NI", "NO")
+            if linear["kept"].get(side, 0)
+        ]
+        first, forward = linears[0], total("forward", "kernels")
+        return cls(
+            name=(first["setting"], first["implementation"], first["layout"]),
+            kernels=forward + total("backward", "kernels"),
+            recompute=2 * forward + total("backward", "kernels"),
+            NI=most("NI"),
+            NO=most("NO"),
+            kept_wide=", ".join(wide),
+            kept=total("kept", "elements") / TOKENS,
+            sent_forward=total("forward", "sent") / TOKENS,
+            sent_backward=total("backward", "sent") / TOKENS,
+        )
+
+    def over_limit(self) -> list[str]:
+        return []
+
+
+def render(layers: list[Layer]) -> str:
+    header = ("setting, linears, layout", "kernels", "recompute", "NI", "NO", "sent forward", "backward", "kept", "")
+    return table(
+        header,
+        [
+            (
+                " ".join(layer.name),
+                *(f"{value:g}" for value in (layer.kernels, layer.recompute, layer.NI, layer.NO)),
+                *(f"{value / RANK:g} r" for value in (layer.sent_forward, layer.sent_backward, layer.kept)),
+                layer.kept_wide,
+            )
+            for layer in layers
+        ],
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
+    parser.add_argument("--settings", nargs="+", metavar="SETTING", help="of TP=1 TP=2 TP=2+SP (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: bench/out/traffic.json")
+    return parser.parse_args()
+
+
+def count_all(setting: Setting, layouts: list[str]) -> list[dict[str, Any]]:
+    """One rank: a result per case and layout."""
+    results = []
+    for case in cases_of(setting):
+        frozen = count(case, setting, None)
+        for layout in layouts if case.implementation != "peft" else ["fused"]:
+            lora = count(case, setting, layout)
+            extra = {when: _minus(lora[when], frozen[when]) for when in ("forward", "backward", "kept")}
+            results.append(
+                {"setting": str(setting), "implementation": case.implementation, "linear": case.linear}
+                | {"layout": layout, **extra, "kernel_names": _minus(lora["names"], frozen["names"])}
+            )
+    return results
+
+
+def _minus(one: Counter, other: Counter) -> dict[str, float]:
+    return {key: round(one[key] - other[key], 6) for key in one | other}
+
+
+def count(case: Case, setting: Setting, layout: str | None) -> dict[str, Counter]:
+    """One forward and backward of one linear: ``forward``, ``backward``, ``kept`` and the kernels' ``names``.
+
+    Args:
+        layout: of its adapter; None leaves it frozen.
+    """
+    torch.manual_seed(0)
+    module = linear_of(case, setting, layout)
+    model = _in_ddp(module)
+    _, parallel, size_in, _ = LINEARS[case.linear]
+    sequence = setting.sequence_parallel and setting.tp > 1 and not case.of_experts
+    shards = setting.tp if parallel == "row" and not case.of_experts else 1
+    tokens = TOKENS // setting.tp if sequence and parallel == "column" else TOKENS
+    splits = [TOKENS // 4, TOKENS // 2, 0, TOKENS // 4]
+    inputs = ([torch.tensor(splits)] if case.implementation == "te experts" else [splits]) if case.of_experts else []
+    shape = (tokens, size_in) if case.of_experts or case.implementation == "peft" else (tokens, 1, size_in // shards)
+    x = torch.randn(shape, requires_grad=True) * 1.0
+    forward, backward = (Traffic(case.widths(setting)) for _ in range(2))
+    kept: Counter[str] = Counter()
+    with _norms_as_one_kernel(case, forward), _kept_for_backward(model, case.widths(setting), kept), forward:
+        result = model(x, *inputs)
+    y = result[0] if isinstance(result, tuple) else result
+    dy = torch.randn_like(y)
+    with _norms_as_one_kernel(case, backward), backward:
+        y.backward(dy)
+    return {"forward": forward.count, "backward": backward.count, "kept": kept, "names": forward.names + backward.names}
+
+
+class _Holder(torch.nn.Module):
+    def __init__(self, linear: torch.nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, *args):
+        return self.linear(*args)
+
+
+def _in_ddp(linear: torch.nn.Module) -> torch.nn.Module:
+    """Under Megatron's DDP, which adds a gradient to ``main_grad``; a linear that does not train has none."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    holder = _Holder(linear)
+    if not any(parameter.requires_grad for parameter in holder.parameters()):
+        return holder
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    model = DistributedDataParallel(config_of(Setting(1, False)), ddp, holder)
+    model.zero_grad_buffer()
+    return model
+
+
+def config_of(setting: Setting, **more: Any):
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=HEADS,
+        num_query_groups=GROUPS,
+        kv_channels=HEAD_DIM,
+        ffn_hidden_size=FFN,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        tensor_model_parallel_size=setting.tp,
+        sequence_parallel=setting.sequence_parallel,
+        use_cpu_initialization=True,
+        **more,
+    )
+
+
+def linear_of(case: Case, setting: Setting, layout: str | None) -> torch.nn.Module:
+    """The linear, frozen, with an adapter of some values if it has a layout."""
+    path, parallel, size_in, size_out = LINEARS[case.linear]
+    if case.implementation == "peft":
+        return _peft_linear(size_in, size_out, layout)
+    from slime_plugins.lora import LoRAConfig
+    from slime_plugins.lora.layers import adapt, frozen_of, kind_of, spec_for
+
+    linear, name = _build(case, setting, parallel, size_in, size_out), f"decoder.layers.0.{path}"
+    linear.requires_grad_(False)
+    if case.implementation == "experts":
+        for one in linear.linears:
+            one.requires_grad_(False)
+    if layout is None:
+        return linear
+    if case.of_experts:
+        name = name.replace("mlp.", "mlp.experts.")
+    base, config = frozen_of(linear), LoRAConfig(rank=RANK, alpha=3 * RANK, layout=layout)
+    from slime_plugins.lora.names import hf_names
+
+    spec = spec_for(base, name, tuple(range(len(hf_names(name)))), config)
+    adapted = adapt(linear, kind_of(linear).form, base, spec, None)
+    with torch.no_grad():
+        adapted.lora_B.normal_()
+    return adapted
+
+
+def _build(case: Case, setting: Setting, parallel: str, size_in: int, size_out: int) -> torch.nn.Module:
+    from megatron.core import parallel_state
+
+    if case.of_experts:
+        return _build_experts(case)
+    config = config_of(setting)
+    common = dict(config=config, init_method=config.init_method, bias=False, skip_bias_add=False)
+    common |= dict(tp_group=parallel_state.get_tensor_model_parallel_group(), is_expert=False)
+    common |= dict(gather_output=False) if parallel == "column" else dict(input_is_parallel=True)
+    if case.implementation == "te":
+        te = _transformer_engine()
+        kinds = {"column": te.TELayerNormColumnParallelLinear, "row": te.TERowParallelLinear}
+    else:
+        from megatron.core.tensor_parallel import layers
+
+        kinds = {"column": layers.ColumnParallelLinear, "row": layers.RowParallelLinear}
+    return kinds[parallel](size_in, size_out, **common)
+
+
+def _build_experts(case: Case) -> torch.nn.Module:
+    config = config_of(Setting(1, False), num_moe_experts=EXPERTS)
+    if case.implementation == "experts":
+        from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+        from megatron.core.transformer.mlp import MLPSubmodules
+        from megatron.core.transformer.moe.experts import SequentialMLP
+        from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+        from slime_plugins.lora.layers import linears_of_experts
+
+        parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        return linears_of_experts(SequentialMLP(EXPERTS, config, parts, get_default_pg_collection()))[f"linear_{case.linear}"]
+    te = _transformer_engine()
+    _, parallel, size_in, size_out = LINEARS[case.linear]
+    kind = {"column": te.TEColumnParallelGroupedLinear, "row": te.TERowParallelGroupedLinear}[parallel]
+    common = dict(config=config, init_method=config.init_method, bias=False, skip_bias_add=False, is_expert=True)
+    return kind(EXPERTS, size_in, size_out, **common)
+
+
+def _transformer_engine():
+    from megatron.core.extensions import transformer_engine
+
+    return transformer_engine
+
+
+def _peft_linear(size_in: int, size_out: int, layout: str | None) -> torch.nn.Module:
+    linear = torch.nn.Linear(size_in, size_out, bias=False).requires_grad_(False)
+    if layout is None:
+        return torch.nn.Sequential(linear)
+    from peft import LoraConfig
+    from peft.tuners.lora.layer import Linear
+
+    config = LoraConfig(r=RANK, lora_alpha=3 * RANK, init_lora_weights=False)
+    return torch.nn.Sequential(Linear(linear, "default", config=config, r=RANK, lora_alpha=3 * RANK))
+
+
+@contextlib.contextmanager
+def _norms_as_one_kernel(case: Case, traffic: Traffic):
+    """Inside, norms of TransformerEngine's stand-in count as what they are on a GPU."""
+    if case.implementation != "te":
+        yield
+        return
+    from transformer_engine.pytorch import module
+
+    before = {name: getattr(module, name) for name in ("norm", "norm_backward")}
+    for name, function in before.items():
+        setattr(module, name, traffic.one_kernel(function))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(module, name, function)
+
+
+@contextlib.contextmanager
+def _kept_for_backward(model: torch.nn.Module, widths: dict[int, tuple[str, float]], kept: Counter):
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    seen, alive = set(), []  # alive, or an address would be handed out again
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters | seen:
+            seen.add(storage.data_ptr())
+            alive.append(tensor)
+            side, share = widths.get(storage.nbytes() // tensor.element_size(), ("elements", 0))
+            kept[side] += share or storage.nbytes() / tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())
