@@ -27,6 +27,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from _harness import SETTINGS, Setting, run_ranks, table, write_json
@@ -128,9 +129,16 @@ class Case:
         """Elements of a storage -> what it is. Experts see all tokens, and TP does not cut them here."""
         _, parallel, size_in, size_out = LINEARS[self.linear]
         tp = 1 if self.of_experts else setting.tp
-        size_in, size_out = size_in // (tp if parallel == "row" else 1), size_out // (tp if parallel == "column" else 1)
+        size_in, size_out = (
+            size_in // (tp if parallel == "row" else 1),
+            size_out // (tp if parallel == "column" else 1),
+        )
         tokens = {TOKENS: 1.0} | ({TOKENS // tp: 1 / tp} if setting.sequence_parallel and tp > 1 else {})
-        found = {n * size: (side, share) for n, share in tokens.items() for side, size in (("NI", size_in), ("NO", size_out))}
+        found = {
+            n * size: (side, share)
+            for n, share in tokens.items()
+            for side, size in (("NI", size_in), ("NO", size_out))
+        }
         assert len(found) == 2 * len(tokens), "two sizes are equal"
         return found
 
@@ -289,7 +297,12 @@ def count(case: Case, setting: Setting, layout: str | None) -> dict[str, Counter
     dy = torch.randn_like(y)
     with _norms_as_one_kernel(case, backward), backward:
         y.backward(dy)
-    return {"forward": forward.count, "backward": backward.count, "kept": kept, "names": forward.names + backward.names}
+    return {
+        "forward": forward.count,
+        "backward": backward.count,
+        "kept": kept,
+        "names": forward.names + backward.names,
+    }
 
 
 class _Holder(torch.nn.Module):
@@ -392,7 +405,9 @@ def _build_experts(case: Case) -> torch.nn.Module:
         from slime_plugins.lora.layers import linears_of_experts
 
         parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        return linears_of_experts(SequentialMLP(EXPERTS, config, parts, get_default_pg_collection()))[f"linear_{case.linear}"]
+        return linears_of_experts(SequentialMLP(EXPERTS, config, parts, get_default_pg_collection()))[
+            f"linear_{case.linear}"
+        ]
     te = _transformer_engine()
     _, parallel, size_in, size_out = LINEARS[case.linear]
     kind = {"column": te.TEColumnParallelGroupedLinear, "row": te.TERowParallelGroupedLinear}[parallel]
@@ -419,20 +434,18 @@ def _peft_linear(size_in: int, size_out: int, layout: str | None) -> torch.nn.Mo
 
 @contextlib.contextmanager
 def _norms_as_one_kernel(case: Case, traffic: Traffic):
-    """Inside, norms of TransformerEngine's stand-in count as what they are on a GPU."""
+    """Inside, norms in front of linears count as what they are on a GPU: TransformerEngine's stand-in's, and ours."""
     if case.implementation != "te":
         yield
         return
     from transformer_engine.pytorch import module
 
-    before = {name: getattr(module, name) for name in ("norm", "norm_backward")}
-    for name, function in before.items():
-        setattr(module, name, traffic.one_kernel(function))
-    try:
+    from slime_plugins.lora.layers.fused import Norm
+
+    with contextlib.ExitStack() as patched:
+        for owner, name in ((module, "norm"), (module, "norm_backward"), (Norm, "__call__"), (Norm, "backward")):
+            patched.enter_context(mock.patch.object(owner, name, traffic.one_kernel(getattr(owner, name))))
         yield
-    finally:
-        for name, function in before.items():
-            setattr(module, name, function)
 
 
 @contextlib.contextmanager

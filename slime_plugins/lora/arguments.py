@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 from slime_plugins.lora.base.quantization import FORMS, BaseQuant, check_flags
-from slime_plugins.lora.config import DTYPES, INITS, LAYOUTS, LoRAConfig, as_ranges
+from slime_plugins.lora.config import DTYPES, INITS, LAYOUTS, LINEARS, LoRAConfig, as_ranges
 from slime_plugins.lora.errors import UsageError
 
 _DEFAULTS = LoRAConfig()
@@ -72,6 +72,13 @@ def add_lora_arguments(parser: argparse.ArgumentParser, *, hide: Collection[str]
         default=1.0,
         metavar="X",
         help="LoRA+: B's learning rate is X times A's, which is --lr (arXiv:2402.12354; default: %(default)s)",
+    )
+    add(
+        "--lora-linears",
+        choices=LINEARS,
+        default="auto",
+        help="fused: a linear and its adapter as one autograd function; taps: two around the linear; auto: the former "
+        "wherever nothing forbids it, and the report says what does (default: auto)",
     )
     _add_row_arguments(parser.add_argument_group("vocabulary rows", "of the embedding and the output layer"))
     _add_base_arguments(parser.add_argument_group("the base under LoRA", "what its frozen weights are stored as"))

@@ -17,6 +17,8 @@ from slime_plugins.lora.targets import matches
 LAYOUTS = ("fused", "split")
 INITS = ("kaiming", "gaussian")
 DTYPES = ("float32", "bfloat16", "float16")
+LINEARS = ("auto", "fused", "taps")
+"""How a linear runs its adapter (``layers.choice``). No part of what an adapter is, so no field below."""
 
 
 @dataclass(frozen=True, kw_only=True)

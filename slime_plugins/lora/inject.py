@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 
 from slime_plugins.lora.adapters import remember
 from slime_plugins.lora.config import LoRAConfig
+from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.layers import (
     AdapterSpec,
     FrozenLinear,
@@ -64,6 +65,9 @@ class LoRAReport:
     """Matrices of decoder layers for which there is no LoRA form, and why: layer numbers starred, each said once."""
     frozen: tuple[tuple[str, int], ...] = ()
     """What there is beside the language model (``model.visual``), and its parameters, which never train."""
+    by_taps: tuple[tuple[str, int], ...] = ()
+    """Why linears do not run as one autograd function with their adapters (``layers.choice``), and how many; "" of
+    those that do."""
 
     def __str__(self) -> str:
         groups: Counter = Counter()
@@ -86,10 +90,14 @@ class LoRAReport:
         )
         lines += [f"frozen: {name} ({parameters:,} parameters)" for name, parameters in self.frozen]
         lines += [f"not adapted: {what}" for what in self.not_adaptable]
+        lines += [
+            f"by taps around the base: {count} linears ({why})" if why else f"fused with the base: {count} linears"
+            for why, count in self.by_taps
+        ]
         return "LoRA\n" + "\n".join("  " + line.rstrip() for line in lines)
 
 
-def apply_lora(model, config: LoRAConfig, *, freeze_base: bool = True) -> LoRAReport:
+def apply_lora(model, config: LoRAConfig, *, freeze_base: bool = True, linears: str = "auto") -> LoRAReport:
     """Adapt every target linear in place and freeze the rest. Call before DDP and the optimizer see the model.
 
     Base parameters keep their names; names that contain ``lora_`` are new. B is zero: outputs do not change. With
@@ -99,11 +107,13 @@ def apply_lora(model, config: LoRAConfig, *, freeze_base: bool = True) -> LoRARe
     Args:
         model: a Megatron module, or the list of this rank's pipeline chunks.
         freeze_base: False trains the base too (``--no-lora-only-trainable``).
+        linears: ``auto`` runs a linear and its adapter as one autograd function where nothing forbids it, and by taps
+            around the linear elsewhere; ``fused`` and ``taps`` ask for one of them (``layers.choice``).
     Collectives:
         two all_gather_object over the pipeline group.
     Raises:
         UsageError: a target that matches nothing on any stage, a rank above a matrix's size, a layout that this
-            parallelism cannot hold. Nothing has been changed then.
+            parallelism cannot hold. Nothing has been changed then. ``fused`` where something forbids it.
         ValueError: a linear of a class that has no LoRA form, a model that is wrapped or adapted already.
     """
     chunks = chunks_of(model)
@@ -141,14 +151,24 @@ def apply_lora(model, config: LoRAConfig, *, freeze_base: bool = True) -> LoRARe
             chunk.requires_grad_(False)
         guard_frozen(chunks)
     dtype = getattr(torch, config.dtype) if config.dtype else None
-    linears = [adapt(planned.linear, planned.form, planned.base, planned.spec, dtype) for planned in plan]
+    adapted = [adapt(planned.linear, planned.form, planned.base, planned.spec, dtype, linears) for planned in plan]
     rows = add_token_rows(vocabulary, ids, dtype) if ids else []
     remember(chunks, config)
     for chunk in chunks:
         _let_recompute_see_gradients(chunk)
     not_adaptable = tuple(dict.fromkeys(what for *_, stage_rest, _ in stages for what in stage_rest))
     frozen = tuple((tower.name, tower.parameters) for tower in towers)
-    return dataclasses.replace(_report(chunks, linears, rows), not_adaptable=not_adaptable, frozen=frozen)
+    report = dataclasses.replace(_report(chunks, adapted, rows), not_adaptable=not_adaptable, frozen=frozen)
+    if linears == "fused":
+        _refuse_taps(report)
+    return report
+
+
+def _refuse_taps(report: LoRAReport) -> None:
+    """Once all stages know of all: a stage that raised alone would leave the others waiting."""
+    cannot = [f"{count} linears cannot ({why})" for why, count in report.by_taps if why]
+    if cannot:
+        raise UsageError(f"--lora-linears fused: {', '.join(cannot)}; use --lora-linears auto")
 
 
 @dataclass(frozen=True)
@@ -298,11 +318,14 @@ def _report(
         for trains, numel in _base_numel(chunk):
             total += numel
             trainable += numel if trains else 0
-    stages = all_gather_over(pipeline_group(), (modules, trainable, total, adapter_bytes))
+    reasons = Counter(linear.lora_why_taps for linear in linears)
+    stages = all_gather_over(pipeline_group(), (modules, trainable, total, adapter_bytes, reasons))
+    by_taps: Counter[str] = sum((stage[4] for stage in stages), Counter())
     ordered = sorted((m for stage in stages for m in stage[0]), key=lambda m: in_layer_order(m.name))
     return LoRAReport(
         tuple(ordered),
         trainable_parameters=sum(stage[1] for stage in stages),
         total_parameters=sum(stage[2] for stage in stages),
         adapter_bytes=sum(stage[3] for stage in stages),
+        by_taps=tuple(sorted(by_taps.items())),
     )

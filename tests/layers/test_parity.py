@@ -19,10 +19,12 @@ from slime_plugins.lora.names import hf_names
 RANK, ALPHA = 4, 12.0
 
 
-def parity(layout: Layout, hf_dir, config: LoRAConfig, ref_logits, ref_grads, tokens, microbatches, recompute):
+def parity(
+    layout: Layout, hf_dir, config: LoRAConfig, ref_logits, ref_grads, tokens, microbatches, recompute, linears
+):
     """Errors of this rank: logits (last stage) and the worst A and B gradient shard, relative to the largest entry."""
     torch.manual_seed(0)
-    chunks = adapted.adapted_chunks(hf_dir, config, sp=layout.sp, vpp=layout.vpp, recompute=recompute)
+    chunks = adapted.adapted_chunks(hf_dir, config, sp=layout.sp, vpp=layout.vpp, recompute=recompute, linears=linears)
     adapted.set_adapters(chunks, config.layout, RANK)
     logits = adapted.run_schedule(chunks, tokens, microbatches=microbatches, forward_only=True, collect_logits=True)
     logits = adapted.gather_logits(logits, ref_logits.shape[-1])
@@ -54,10 +56,10 @@ def references(tmp_path_factory):
     return get
 
 
-def check(pool, references, family="qwen3", layout="fused", microbatches=1, recompute=None, **sizes):
+def check(pool, references, family="qwen3", layout="fused", microbatches=1, recompute=None, linears="fused", **sizes):
     path, tokens, logits, grads = references(family, layout)
     config = LoRAConfig(rank=RANK, alpha=ALPHA, layout=layout)
-    results = pool.run(parity, path, config, logits, grads, tokens, microbatches, recompute, **sizes)
+    results = pool.run(parity, path, config, logits, grads, tokens, microbatches, recompute, linears, **sizes)
     assert sum(r["adapters"] for r in results) == 4 * 4 * pool.world_size // sizes.get("pp", 1)
     assert any("logits" in r for r in results)
     for r in results:
@@ -102,17 +104,20 @@ def test_training_the_base_too(pool2, tmp_path_factory, sizes):
 
 
 LAYOUTS = ("fused", "split")
+BOTH = pytest.mark.parametrize("linears", ["fused", "taps"])
 
 
+@BOTH
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_one_process(pool1, references, layout):
-    check(pool1, references, layout=layout)
+def test_one_process(pool1, references, layout, linears):
+    check(pool1, references, layout=layout, linears=linears)
 
 
+@BOTH
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sp", [False, True])
-def test_tensor_parallel(pool2, references, layout, sp):
-    check(pool2, references, layout=layout, tp=2, sp=sp)
+def test_tensor_parallel(pool2, references, layout, sp, linears):
+    check(pool2, references, layout=layout, tp=2, sp=sp, linears=linears)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
@@ -120,11 +125,12 @@ def test_other_families(pool2, references, family):
     check(pool2, references, family=family, tp=2, sp=True)
 
 
+@BOTH
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 @pytest.mark.parametrize("sp", [False, True])
-def test_recompute(pool2, references, recompute, sp):
+def test_recompute(pool2, references, recompute, sp, linears):
     """Hazard 5: the frozen embedding's output needs no gradient, so a checkpointed layer would give none."""
-    check(pool2, references, recompute=recompute, tp=2, sp=sp)
+    check(pool2, references, recompute=recompute, tp=2, sp=sp, linears=linears)
 
 
 def test_data_parallel(pool2, references):
@@ -142,6 +148,7 @@ def test_interleaved_pipeline(pool2, references):
 
 
 @pytest.mark.slow
+@BOTH
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("recompute", [None, "full"])
@@ -150,25 +157,26 @@ def test_interleaved_pipeline(pool2, references):
     [dict(tp=2, pp=2), dict(tp=2, pp=2, sp=True), dict(tp=2), dict(tp=2, sp=True), dict(pp=2, vpp=2), dict(pp=2)],
     ids=str,
 )
-def test_four_processes(pool4, references, family, layout, recompute, sizes):
-    microbatches = 2 if sizes.get("pp") else 1
-    check(pool4, references, family=family, layout=layout, recompute=recompute, microbatches=microbatches, **sizes)
+def test_four_processes(pool4, references, family, layout, recompute, sizes, linears):
+    how = dict(layout=layout, recompute=recompute, microbatches=2 if sizes.get("pp") else 1, linears=linears)
+    check(pool4, references, family=family, **how, **sizes)
 
 
-def targeted(layout: Layout, hf_dir, config, ref_logits, tokens):
-    chunks = adapted.adapted_chunks(hf_dir, config, sp=layout.sp)
+def targeted(layout: Layout, hf_dir, config, ref_logits, tokens, linears):
+    chunks = adapted.adapted_chunks(hf_dir, config, sp=layout.sp, linears=linears)
     adapted.set_adapters(chunks, config.layout, RANK)
     logits = adapted.run_schedule(chunks, tokens, forward_only=True, collect_logits=True)
     names = [hf_names(linear.lora.name)[0] for linear in iter_adapters(chunks)]
     return adapted.relative(adapted.gather_logits(logits, ref_logits.shape[-1]) - ref_logits, ref_logits), names
 
 
+@BOTH
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("targets", [("q_proj",), ("q_proj", "v_proj", "up_proj"), ("k_proj", "down_proj")], ids=str)
-def test_single_projections(pool2, references, layout, targets):
+def test_single_projections(pool2, references, layout, targets, linears):
     """``q_proj`` alone adapts q rows alone, in either layout."""
     path, tokens, logits, _ = references("qwen3", layout, targets)
     config = LoRAConfig(rank=RANK, alpha=ALPHA, layout=layout, target_modules=targets)
-    for error, names in pool2.run(targeted, path, config, logits, tokens, tp=2, sp=True):
+    for error, names in pool2.run(targeted, path, config, logits, tokens, linears, tp=2, sp=True):
         assert error <= 1e-5
         assert len(names) == 4 * len({reference.FUSED.get(t, t) for t in targets})

@@ -37,24 +37,30 @@ def references(tmp_path_factory):
     return get
 
 
+BOTH = pytest.mark.parametrize("linears", ["fused", "taps"])
+
+
+@BOTH
 @pytest.mark.parametrize("layout", ["fused", "split"])
 @pytest.mark.parametrize(
     "sizes",
     [dict(), dict(tp=2), dict(tp=2, sp=True), dict(pp=2)],
     ids=["dp2", "tp2", "tp2-sp", "pp2"],
 )
-def test_parity(te_pool2, references, layout, sizes):
+def test_parity(te_pool2, references, layout, sizes, linears):
     path, tokens, logits, grads = references("qwen3", layout)
     config = LoRAConfig(rank=RANK, alpha=ALPHA, layout=layout)
-    results = te_pool2.run(parity_te, path, config, logits, grads, tokens, None, **sizes)
+    results = te_pool2.run(parity_te, path, config, logits, grads, tokens, None, linears, **sizes)
     check(results, adapters=4 * 4 * 2 // sizes.get("pp", 1))
 
 
-def test_bias_and_recompute(te_pool2, references):
+@BOTH
+def test_bias_and_recompute(te_pool2, references, linears):
     """Qwen2 has a bias on q, k, v: TE adds it in its product, or Megatron asks for it to be returned."""
     path, tokens, logits, grads = references("qwen2", "fused")
     config = LoRAConfig(rank=RANK, alpha=ALPHA)
-    check(te_pool2.run(parity_te, path, config, logits, grads, tokens, "full", tp=2, sp=True), adapters=4 * 4 * 2)
+    results = te_pool2.run(parity_te, path, config, logits, grads, tokens, "full", linears, tp=2, sp=True)
+    check(results, adapters=4 * 4 * 2)
 
 
 def check(results, adapters):
@@ -71,13 +77,14 @@ LINEARS = ("norm_column", "column", "row", "duplicated")
 
 @pytest.mark.parametrize("kind", LINEARS)
 @pytest.mark.parametrize("sp", [False, True])
-def test_linear_alone(te_pool2, kind, sp):
+@pytest.mark.parametrize("linears", ["auto", "taps"])
+def test_linear_alone(te_pool2, kind, sp, linears):
     """Output, input gradient and adapter gradients of one linear against one product on whole tensors.
 
     With and without a returned bias, frozen and trained base, gradient accumulation fused and not: none of them may
     change a number.
     """
-    for errors in te_pool2.run(linear_alone, kind, tp=2, sp=sp):
+    for errors in te_pool2.run(linear_alone, kind, linears, tp=2, sp=sp):
         assert len(errors) == 8
         for case, worst in errors.items():
             assert worst <= 1e-6, f"{case}: {worst:.2e}"

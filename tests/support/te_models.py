@@ -30,9 +30,10 @@ def te_layer_spec(base, config):
     return layer
 
 
-def parity_te(layout: Layout, hf_dir, config, ref_logits, ref_grads, tokens, recompute):
+def parity_te(layout: Layout, hf_dir, config, ref_logits, ref_grads, tokens, recompute, linears):
     """Errors of this rank, relative to the largest entry: logits (last stage), worst A and B gradient shard."""
-    chunks = adapted.adapted_chunks(hf_dir, config, sp=layout.sp, recompute=recompute, layer_spec=te_layer_spec)
+    how = dict(recompute=recompute, layer_spec=te_layer_spec, linears=linears)
+    chunks = adapted.adapted_chunks(hf_dir, config, sp=layout.sp, **how)
     adapted.set_adapters(chunks, config.layout, config.rank)
     microbatches = layout.pp
     logits = adapted.run_schedule(chunks, tokens, microbatches=microbatches, forward_only=True, collect_logits=True)
@@ -62,15 +63,22 @@ def single_process_groups(backend: str):
         dist.destroy_process_group()
 
 
-def linear_alone(layout: Layout, kind: str, device: torch.device | None = None) -> dict[str, float]:
-    """Case -> worst relative error of y, dx, dA, dB and the base's gradients against whole tensors."""
+def linear_alone(
+    layout: Layout, kind: str, linears: str = "auto", device: torch.device | None = None
+) -> dict[str, float]:
+    """Case -> worst relative error of y, dx, dA, dB and the base's gradients against whole tensors.
+
+    A base that trains is always run by taps.
+    """
     return {
-        f"return_bias={ret} frozen={frozen} fusion={fusion}": _errors(layout, kind, ret, frozen, fusion, device)
+        f"return_bias={ret} frozen={frozen} fusion={fusion}": _errors(
+            layout, kind, ret, frozen, fusion, device, linears
+        )
         for ret, frozen, fusion in itertools.product((False, True), repeat=3)
     }
 
 
-def _errors(layout, kind, return_bias, frozen, fusion, device):
+def _errors(layout, kind, return_bias, frozen, fusion, device, linears):
     device = device or torch.device("cpu")
     config = TransformerConfig(
         num_layers=1,
@@ -97,7 +105,9 @@ def _errors(layout, kind, return_bias, frozen, fusion, device):
     }
     form, base = kind_of(linear).form, frozen_of(linear)
     numbers, parallel = tuple(range(len(hf_names(name)))), base.parallel
-    adapt(linear, form, base, spec_for(base, name, numbers, _CONFIG), None)
+    linear.requires_grad_(not frozen)
+    adapt(linear, form, base, spec_for(base, name, numbers, _CONFIG), None, linears)
+    assert (linear.lora_fused is not None) == (frozen and linears == "auto"), linear.lora_why_taps
     axis = {"column": {"weight": 0, "bias": 0, "lora_B": 0}, "row": {"weight": 1, "lora_A": 1}}.get(parallel, {})
     tp, group = layout.tp, mpu.get_tensor_model_parallel_group()
 

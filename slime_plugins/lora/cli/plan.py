@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="bytes and counts as one JSON object")
     plan_compare.add_arguments(parser)
     # A plan is always one of adapters, beside full training; learning rates cost nothing.
-    add_lora_arguments(parser, hide=("use_lora", "lora_plus_ratio"))
+    add_lora_arguments(parser, hide=("use_lora", "lora_plus_ratio", "lora_linears"))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from slime_plugins.lora.layers.carrier import Carrier, install
 from slime_plugins.lora.layers.frozen import FrozenLinear
+from slime_plugins.lora.layers.fused import Fused
 from slime_plugins.lora.layers.lowrank import Collective, Dense, down, up
 from slime_plugins.lora.layers.pieces import Piece, pieces_of
 from slime_plugins.lora.layers.spec import AdapterSpec
@@ -46,11 +47,15 @@ class LoRALinear(Carrier):
     Attributes:
         lora: the AdapterSpec.
         lora_base: the FrozenLinear.
+        lora_fused: how it runs as one autograd function; None: by taps around the base.
+        lora_why_taps: what forbids the former; "" if nothing does.
         lora_A, lora_B: the parameters, shapes as in ``parameters``.
     """
 
     lora: AdapterSpec
     lora_base: FrozenLinear
+    lora_fused: Fused | None
+    lora_why_taps: str
     lora_A: torch.nn.Parameter
     lora_B: torch.nn.Parameter
 
@@ -87,9 +92,13 @@ class LoRALinear(Carrier):
 
     # What it computes ------------------------------------------------------------------------------------------------
 
+    def lora_why_not_fused(self) -> str:
+        """What forbids it to run as one autograd function; "" for a form that can (``choice``, ``fused``)."""
+        return "no fused form of its class"
+
     def forward(self, input_, *args, **kwargs):
         """Shapes and return form of the base's forward."""
-        if not self.lora_enabled:
+        if not self.lora_enabled or self.lora_fused is not None:
             return super().forward(input_, *args, **kwargs)
         input_, h, exchanges = self._lora_down(input_)
         result = super().forward(input_, *args, **kwargs)
@@ -166,13 +175,19 @@ class LoRALinear(Carrier):
 
 
 def adapt(
-    linear: torch.nn.Module, form: type[LoRALinear], base: FrozenLinear, spec: AdapterSpec, dtype: torch.dtype | None
+    linear: torch.nn.Module,
+    form: type[LoRALinear],
+    base: FrozenLinear,
+    spec: AdapterSpec,
+    dtype: torch.dtype | None,
+    linears: str = "auto",
 ) -> LoRALinear:
     """Turn a linear into its LoRA form in place. B starts at zero: the output does not change. Returns the linear.
 
     Args:
         form: subclass of ``type(linear)`` with ``LoRALinear`` in front.
         dtype: of the parameters; None takes the base weight's.
+        linears: ``taps`` forbids that it runs fused.
     """
     linear.__class__ = form
     assert isinstance(linear, form)  # for type checkers
@@ -190,7 +205,14 @@ def adapt(
         expert_buffers=spec.experts is not None and not _expert_groups_are_dense(linear),
     )
     linear.lora_installed()
+    linear.lora_why_taps = "asked for" if linears == "taps" else _why_taps(linear)
+    linear.lora_fused = None if linear.lora_why_taps else Fused(linear)
     return linear
+
+
+def _why_taps(linear: LoRALinear) -> str:
+    plain = all(getattr(type(linear), name) is getattr(LoRALinear, name) for name in ("_lora_down", "_lora_up"))
+    return linear.lora_why_not_fused() if plain else "a variant with products of its own"
 
 
 def _expert_groups_are_dense(linear: LoRALinear) -> bool:

@@ -113,6 +113,7 @@ class Settings:
     lr: float = 5e-3
     """Constant. For adapters, so some 10 times that of full training."""
     lora_plus_ratio: float = 1.0
+    lora_linears: str = "auto"
     """LoRA+: B's learning rate over A's, which is ``lr``."""
     weight_decay: float = 0.0
     clip_grad: float = 1.0

@@ -67,7 +67,7 @@ class RankTrainer:
             if settings.base_quant is not None:
                 quantize_base(chunks, settings.base_quant, codes_of=settings.hf_checkpoint)
             self.base_before = base_checksum(chunks)
-            self.report = apply_lora(chunks, settings.lora)
+            self.report = apply_lora(chunks, settings.lora, linears=settings.lora_linears)
 
         self.chunks = build_chunks(
             settings.hf_checkpoint,

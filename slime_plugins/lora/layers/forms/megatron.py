@@ -9,13 +9,31 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.moe.router import TopKRouter
 
 from slime_plugins.lora.layers.adapter import LoRALinear
+from slime_plugins.lora.layers.choice import why_not_fused
 
 
-class LoRAColumnParallelLinear(LoRALinear, ColumnParallelLinear):
+class _LoRAMegatronLinear(LoRALinear):
+    """Mixin of the two below. Fused, the adapter is in the product that the base's own forward calls."""
+
+    def lora_why_not_fused(self) -> str:
+        if not callable(getattr(ColumnParallelLinear, "_forward_impl", None)):
+            return "a Megatron whose linears have no _forward_impl"
+        return why_not_fused(self)
+
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """Megatron's product [..., I] -> [..., O], with the exchanges that it says."""
+        if self.lora_fused is None or not self.lora_enabled:
+            return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
+        return self.lora_fused(
+            input, weight, kwargs["bias"], gathers=kwargs["sequence_parallel"], sums_dx=kwargs["allreduce_dgrad"]
+        )
+
+
+class LoRAColumnParallelLinear(_LoRAMegatronLinear, ColumnParallelLinear):
     """Rows of W and B sharded, A replicated."""
 
 
-class LoRARowParallelLinear(LoRALinear, RowParallelLinear):
+class LoRARowParallelLinear(_LoRAMegatronLinear, RowParallelLinear):
     """Columns of W and A sharded, B replicated."""
 
 

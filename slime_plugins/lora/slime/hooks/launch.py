@@ -244,7 +244,7 @@ def _adapt(chunks: list, args: Namespace, role: str) -> None:
     quant = BaseQuant.from_args(args)
     if quant is not None:
         keep_packed(chunks, quant)
-    report = apply_lora(chunks, LoRAConfig.from_args(args))
+    report = apply_lora(chunks, LoRAConfig.from_args(args), linears=args.lora_linears)
     if role == "critic":
         for chunk in chunks:
             if getattr(chunk, "post_process", False):

@@ -1,0 +1,339 @@
+"""A frozen linear and its adapter as one autograd function, with the norm in front where the linear has one.
+
+    y = ln W^T + h Bs^T     h = s ln A^T     ln = norm(x), gathered under sequence parallelism, or x itself
+
+What it saves over the two taps of ``lowrank``, which go around a linear that they do not know:
+
+    kept for the backward   x as it comes, and h. Not the norm's output, which the base does not keep either:
+                            RMSNorm is ln = rho x gamma, so dA = s ((rho dh)^T x) gamma
+    input gradient          dh A is added to the base's own before its exchange and before the norm's backward; a norm
+                            of TransformerEngine's takes it as a second gradient, which costs three passes more
+    exchanges               none forward: h is taken from the gathered input of a column-parallel linear, and added to
+                            the partial output of a row-parallel one, which Megatron sums. Backward, one of the rank's
+                            size for a replicated matrix, beside the base's products and its own exchange:
+
+                            column           all-reduce dh          n*r    for dA
+                            column + SP      reduce-scatter dh      n*r    for dA, of this rank's tokens; summed once
+                            row              all-reduce h           n*r    for dB
+                            row + SP         -                             dB is of this rank's h; summed once
+    split layouts           one product, with a B that is zero where a projection does not see an A. Rows of zeros cost
+                            a GPU nothing: these products move bytes
+    gradients               straight into Megatron's ``main_grad``, in its precision (``grad_added_to_main_grad``)
+
+"Summed once": by Megatron over tensor-parallel ranks at the end of a step, as for any parameter with
+``sequence_parallel``. Shape letters as in ``lowrank``; P stacked As of rank R, C = P*R.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from slime_plugins.lora.layers.spec import AdapterSpec
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm in front of a linear: ln = x rho gamma, rho = rsqrt(mean(x^2) + eps)."""
+
+    gamma: torch.Tensor
+    eps: float
+
+    def __call__(self, x_NI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """ln [N, I] and rho [N, 1], float32."""
+        if x_NI.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm"):  # one pass; torch has it from 2.9 on
+            return torch.ops.aten._fused_rms_norm(x_NI, self.gamma.shape, self.gamma, self.eps)
+        x = x_NI.float()
+        rho = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (x * rho * self.gamma.float()).to(x_NI.dtype), rho
+
+    def backward(self, dln_NI: torch.Tensor, x_NI: torch.Tensor, rho: torch.Tensor) -> torch.Tensor:
+        """dx [N, I]."""
+        if x_NI.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm_backward"):
+            which = [True, False]
+            return torch.ops.aten._fused_rms_norm_backward(dln_NI, x_NI, self.gamma.shape, rho, self.gamma, which)[0]
+        x, g = x_NI.float(), dln_NI.float() * self.gamma.float()
+        dx = rho * g - x * rho.pow(3) * (g * x).mean(-1, keepdim=True)
+        return dx.to(x_NI.dtype)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What a linear and its adapter send over the tensor-parallel group."""
+
+    group: Any
+    gathers: bool = False
+    """Column under sequence parallelism: the input is gathered, its gradient scattered."""
+    sums_dx: bool = False
+    """Column without: the input's gradient is summed here, not by the caller."""
+    sums_dh: bool = False
+    """dh is another on every rank, and dA is to be of their sum."""
+    sums_h: bool = False
+    """h is another on every rank, and dB is to be of their sum."""
+
+    @classmethod
+    def of(
+        cls, group: Any, shards: int, parallel: str, *, gathers: bool, sums_dx: bool, summed_once: bool
+    ) -> Exchange:
+        """``summed_once``: a replicated matrix's gradient may be a part; Megatron sums it at the end of the step."""
+        several = shards > 1
+        return cls(
+            group,
+            gathers=gathers and several,
+            sums_dx=sums_dx and several,
+            sums_dh=several and parallel == "column" and not gathers,
+            sums_h=several and parallel == "row" and not summed_once,
+        )
+
+    def gather(self, x_NI: torch.Tensor) -> torch.Tensor:
+        whole = x_NI.new_empty(x_NI.shape[0] * self.group.size(), x_NI.shape[1])
+        dist.all_gather_into_tensor(whole, x_NI.contiguous(), group=self.group)
+        return whole
+
+    def scatter(self, dx: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """This rank's rows of the sum, valid once the work is waited for."""
+        part = dx.new_empty(dx.shape[0] // self.group.size(), dx.shape[1])
+        return part, dist.reduce_scatter_tensor(part, dx, group=self.group, async_op=True)
+
+    def sum(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """The sum, in place, valid once the work is waited for."""
+        return tensor, dist.all_reduce(tensor, group=self.group, async_op=True)
+
+
+class OneProduct:
+    """The up projection of a spec as one product with a dense [O, C] matrix.
+
+    B [rows, R] itself where it covers the linear's rows one to one. Else B's rows at their places, in the columns of
+    the A that they see, and zeros.
+    """
+
+    def __init__(self, spec: AdapterSpec, rows: int, device: torch.device) -> None:
+        """``rows``: of the base's shard."""
+        self._shape = (rows, spec.num_A, spec.rank)
+        uniform = len(set(spec.scalings)) == 1
+        self.scaling = spec.scalings[0] if uniform else 1.0
+        """On h; where projections have different ones they are in the dense matrix."""
+        self._places, self._factors = None, None
+        if not spec.in_base_order:
+            column = [block.cols.start // spec.rank for block in spec.blocks]
+            places = [block.out.run_index() * spec.num_A + c for block, c in zip(spec.blocks, column)]
+            self._places = torch.cat(places).to(device)
+        if not uniform:
+            factors = [torch.full((block.out.size, 1), block.scaling) for block in spec.blocks]
+            self._factors = torch.cat(factors).to(device)
+
+    def dense(self, B: torch.Tensor) -> torch.Tensor:
+        """[O, C] of B [rows, R]."""
+        if self._places is None:
+            return B
+        rows, stacked, rank = self._shape
+        scaled = B if self._factors is None else B * self._factors.to(B.dtype)
+        return B.new_zeros(rows * stacked, rank).index_copy_(0, self._places, scaled).view(rows, stacked * rank)
+
+    def dB(self, dense: torch.Tensor) -> torch.Tensor:
+        """B's gradient out of the dense matrix's."""
+        if self._places is None:
+            return dense
+        dB = dense.reshape(-1, self._shape[2]).index_select(0, self._places)
+        return dB if self._factors is None else dB * self._factors.to(dB.dtype)
+
+    @property
+    def is_B(self) -> bool:
+        return self._places is None
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What of one call is no tensor that autograd follows."""
+
+    exchange: Exchange
+    norm: Norm | None
+    up: OneProduct
+
+
+class _FusedLinear(torch.autograd.Function):
+    """y, of the shape of x but for the last dimension. The weight, its bias and the norm are frozen."""
+
+    @staticmethod
+    def forward(ctx, x, W, bias, A, B, operation):
+        x_NI, rho = x.reshape(-1, x.shape[-1]), None
+        ln_NI = x_NI
+        if operation.norm is not None:
+            ln_NI, rho = operation.norm(x_NI)
+        if operation.exchange.gathers:
+            ln_NI = operation.exchange.gather(ln_NI)
+        y_NO = ln_NI @ W.t()
+        ctx.operation, ctx.shape, ctx.parameters = operation, x.shape, (A, B)
+        if A is None:
+            ctx.save_for_backward(x_NI if rho is not None else None, rho, W)
+        else:
+            A_CI, B_OC = A.to(x.dtype), operation.up.dense(B.to(x.dtype))
+            h_NC = _scaled_mm(ln_NI, A_CI.t(), operation.up.scaling)
+            y_NO.addmm_(h_NC, B_OC.t())
+            ctx.save_for_backward(x_NI, rho, W, A_CI, B_OC, h_NC)
+        if bias is not None:
+            y_NO.add_(bias)
+        return y_NO.view(-1, *x.shape[1:-1], W.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x_NI, rho, W, *of_adapter = ctx.saved_tensors
+        dy_NO, wants_dx = dy.reshape(-1, dy.shape[-1]), ctx.needs_input_grad[0]
+        if not of_adapter:
+            finish = _dx(ctx, dy_NO @ W, x_NI, rho) if wants_dx else None
+            return finish() if finish else None, None, None, None, None, None
+        A_CI, B_OC, h_NC = of_adapter
+        exchange, up = ctx.operation.exchange, ctx.operation.up
+        dh_NC = dy_NO @ B_OC
+        dh_for_A, h_for_B, sent = dh_NC, h_NC, None
+        if exchange.gathers:
+            dh_for_A, sent = exchange.scatter(dh_NC)
+        elif exchange.sums_dh:
+            dh_for_A, sent = exchange.sum(dh_NC.clone())
+        elif exchange.sums_h:
+            h_for_B, sent = exchange.sum(h_NC.clone())
+        finish = None
+        if wants_dx:
+            dln_NI = dy_NO @ W
+            dln_NI.addmm_(dh_NC, A_CI, alpha=up.scaling)
+            finish = _dx(ctx, dln_NI, x_NI, rho)
+        if sent is not None:
+            sent.wait()
+        A, B = ctx.parameters
+        dB = _dB(B, dy_NO, h_for_B, up) if ctx.needs_input_grad[4] else None
+        dA = _dA(A, dh_for_A, x_NI, up.scaling, rho, ctx.operation.norm) if ctx.needs_input_grad[3] else None
+        return finish() if finish else None, None, None, dA, dB, None
+
+
+def _dx(ctx, dln_NI: torch.Tensor, x_NI: torch.Tensor, rho: torch.Tensor | None):
+    """Start the exchange of the input's gradient; what is returned finishes it."""
+    exchange, norm, sent = ctx.operation.exchange, ctx.operation.norm, None
+    if exchange.gathers:
+        dln_NI, sent = exchange.scatter(dln_NI)
+    elif exchange.sums_dx:
+        dln_NI, sent = exchange.sum(dln_NI)
+
+    def finish() -> torch.Tensor:
+        if sent is not None:
+            sent.wait()
+        dx = dln_NI if norm is None else norm.backward(dln_NI, x_NI, rho)
+        return dx.view(ctx.shape)
+
+    return finish
+
+
+def _scaled_mm(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """scaling * a b in one kernel."""
+    return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scaling)
+
+
+def _dA(A, dh_NC, x_NI, scaling: float, rho: torch.Tensor | None, norm: Norm | None) -> torch.Tensor:
+    """scaling * dh^T ln [C, I], of the A that was given: added to its ``main_grad`` where that can be."""
+    if rho is None or norm is None:
+        return _outer(A, dh_NC, x_NI, scaling)
+    dA = (dh_NC * rho.to(dh_NC.dtype)).t() @ x_NI
+    main_grad = _main_grad(A)
+    if main_grad is None:
+        return (dA * norm.gamma).mul_(scaling).to(A.dtype)
+    main_grad.addcmul_(dA, norm.gamma, value=scaling)
+    return _added(A)
+
+
+def _dB(B, dy_NO, h_NC, up: OneProduct) -> torch.Tensor:
+    """dy^T h, of the B that was given; h is scaled. The same."""
+    if up.is_B:
+        return _outer(B, dy_NO, h_NC, 1.0)
+    dB, main_grad = up.dB(dy_NO.t() @ h_NC), _main_grad(B)
+    if main_grad is None:
+        return dB.to(B.dtype)
+    main_grad.add_(dB)
+    return _added(B)
+
+
+def _outer(parameter, a_NK: torch.Tensor, b_NM: torch.Tensor, scaling: float) -> torch.Tensor:
+    """scaling * a^T b [K, M], for a parameter of that shape."""
+    main_grad = _main_grad(parameter)
+    if main_grad is not None and main_grad.dtype == a_NK.dtype:
+        # A product with few rows, not few columns, is twice as fast on a CPU.
+        flip = a_NK.shape[1] > b_NM.shape[1]
+        into, left, right = (main_grad.t(), b_NM, a_NK) if flip else (main_grad, a_NK, b_NM)
+        into.addmm_(left.t(), right, alpha=scaling)
+        return _added(parameter)
+    if main_grad is not None and _adds_products_of(a_NK.dtype, main_grad.dtype, a_NK.device):
+        torch.addmm(main_grad, a_NK.t(), b_NM, alpha=scaling, out_dtype=main_grad.dtype, out=main_grad)
+        return _added(parameter)
+    return _scaled_mm(a_NK.t(), b_NM, scaling).to(parameter.dtype)
+
+
+def _main_grad(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    """Megatron DDP's buffer for the gradient, if a backward may add to it by itself."""
+    if not hasattr(parameter, "grad_added_to_main_grad") or hasattr(parameter, "__fsdp_param__"):
+        return None
+    return getattr(parameter, "main_grad", None)
+
+
+def _added(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Tell DDP's hook, which wants a gradient to be called at all: one that nobody reads."""
+    parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return torch.empty_like(parameter)
+
+
+@lru_cache
+def _adds_products_of(dtype: torch.dtype, into: torch.dtype, device: torch.device) -> bool:
+    """Does torch add products of a narrow dtype to a wide matrix in place here, and rightly?
+
+    Asked of the device itself, by an example: the operator has no documented word on ``out`` being its own argument.
+    """
+    if device.type != "cuda":
+        return False
+    a, b = (torch.arange(64 * n, device=device).remainder(7).to(dtype).view(64, n) for n in (16, 32))
+    expected = a.to(into).t() @ b.to(into) * 2 + 1
+    got = torch.ones(16, 32, dtype=into, device=device)
+    try:
+        torch.addmm(got, a.t(), b, alpha=2, out_dtype=into, out=got)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((got - expected).abs().max() <= 1e-3 * expected.abs().max())
+
+
+class Fused:
+    """How one linear runs as one autograd function."""
+
+    def __init__(self, linear: Any) -> None:
+        self._linear = linear
+        self._up = OneProduct(linear.lora, linear.lora_base.shape[0], linear.lora_A.device)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        norm: Norm | None = None,
+        gathers: bool = False,
+        sums_dx: bool = False,
+    ) -> torch.Tensor:
+        """The output [..., O]; of a row-parallel linear the partial output, not summed. Adapters off: the base alone.
+
+        Args:
+            weight: frozen, [O, I].
+            bias: added here; None where the caller does, or there is none.
+            gathers, sums_dx: as in ``Exchange``.
+        """
+        linear = self._linear
+        exchange = Exchange.of(
+            linear.lora_group,
+            linear.lora_base.shards,
+            linear.lora.parallel,
+            gathers=gathers,
+            sums_dx=sums_dx,
+            summed_once=linear.lora_base.tokens == "sequence",
+        )
+        A, B = (linear.lora_A, linear.lora_B) if linear.lora_enabled else (None, None)
+        return _FusedLinear.apply(x, weight, bias, A, B, Operation(exchange, norm, self._up))
