@@ -177,6 +177,7 @@ def trainer_of(
     *,
     rank: int,
     layout: str = "fused",
+    linears: str = "auto",
     embedding_gradient: bool = True,
 ) -> Trainer:
     """One form of the dense model of these shapes, ready to step."""
@@ -184,7 +185,7 @@ def trainer_of(
     if variant == "frozen":
         freeze(model)
     elif variant == "lora":
-        add_lora(model, rank=rank, layout=layout)
+        add_lora(model, linears, rank=rank, layout=layout)
     if embedding_gradient or variant != "lora":
         model.embedding.register_forward_hook(require_grad)
     return Trainer(model, shapes.vocab_size, shapes.tokens)
@@ -284,12 +285,12 @@ def freeze(model: torch.nn.Module) -> None:
     model.decoder.final_layernorm.weight.requires_grad_(True)
 
 
-def add_lora(model: torch.nn.Module, **config: Any) -> None:
+def add_lora(model: torch.nn.Module, linears: str = "auto", **config: Any) -> None:
     """Adapters of some training's values: with B at zero the backward would multiply zeros."""
     from slime_plugins.lora import LoRAConfig, apply_lora
     from slime_plugins.lora.adapters import iter_adapters
 
-    apply_lora(model, LoRAConfig(alpha=2 * config["rank"], **config))
+    apply_lora(model, LoRAConfig(alpha=2 * config["rank"], **config), linears=linears)
     with torch.no_grad():
         for linear in iter_adapters(model):
             linear.lora_B.normal_(0.0, 0.02)

@@ -1,6 +1,6 @@
 """Bytes that one training step sends through torch.distributed, with and without LoRA. Exit 1 if LoRA adds too much.
 
-    python bench/comm_bytes.py                                 TP=1, 2, 4, with and without SP, both layouts
+    python bench/comm_bytes.py                                 TP=1, 2, 4, with and without SP, both layouts, both ways
     python bench/comm_bytes.py --settings TP=2+SP --rank 64
 
 Every collective is seen where torch dispatches it (``c10d`` operators), whoever calls it and however it was imported;
@@ -8,7 +8,8 @@ an operator that this file does not know is an error, so none goes uncounted. By
 one rank, with t ranks and N bytes in the full tensor: all-reduce 2 (t-1)/t N, all-gather and reduce-scatter (t-1)/t N.
 
 Allowed, for r the rank (times 3 for a split qkv, 2 for a split fc1), n the tokens, per linear and step:
-    the exchange of h = A x      2 (t-1)/t n r, SP or not (one all-reduce, or an all-gather and a reduce-scatter)
+    by taps: h = A x             2 (t-1)/t n r, SP or not (one all-reduce, or an all-gather and a reduce-scatter)
+    fused: h or its gradient     the same without SP; with it (t-1)/t n r, and nothing of a row-parallel linear
     under SP, once per step      2 (t-1)/t of the replicated half's gradient: r in (column linear) or r out (row)
                                  less the final norm's, which trains in the frozen form and not in the LoRA form
 """
@@ -36,6 +37,7 @@ from _harness import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LAYOUTS = ("fused", "split")
+LINEARS = ("fused", "taps")
 STACKED = {"fused": {}, "split": {"linear_qkv": 3, "linear_fc1": 2}}
 """How many As a linear stacks: the width of h is that many times the rank."""
 COLUMN = ("linear_qkv", "linear_fc1")
@@ -98,15 +100,16 @@ def main() -> int:
     for setting in CPU_SETTINGS:
         if args.settings and str(setting) not in args.settings:
             continue
-        for layout, result in run_ranks(count, setting, shapes, args.rank, args.layouts)[0].items():
+        for (layout, linears), result in run_ranks(count, setting, shapes, args.rank, args.layouts)[0].items():
             extra = result["lora"] - result["frozen"]
-            allowed = allowed_bytes(setting, shapes, args.rank, layout)
+            allowed = allowed_bytes(setting, shapes, args.rank, layout, linears)
             failed |= extra > allowed
             share = f"{100 * extra / result['frozen']:.2f}%" if result["frozen"] else "-"
             verdict = "TOO MUCH" if extra > allowed else "exact" if extra == allowed else "less"
             sizes = [f"{number:,}" for number in (*(result[v] for v in VARIANTS), extra, allowed)]
-            rows.append((f"{setting} {layout}", *sizes, share, verdict))
-            results.append({"setting": str(setting), "layout": layout, **result, "extra": extra, "allowed": allowed})
+            rows.append((f"{setting} {layout} {linears}", *sizes, share, verdict))
+            case = {"setting": str(setting), "layout": layout, "linears": linears}
+            results.append({**case, **result, "extra": extra, "allowed": allowed})
     print(f"{shapes.num_layers} layers, hidden {shapes.hidden}, {shapes.tokens} tokens, rank {args.rank}, float32;")
     print("bytes sent per rank and step")
     print(table(("setting", "full", "frozen", "LoRA", "LoRA adds", "allowed", "of frozen", ""), rows))
@@ -126,14 +129,18 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def count(setting: Setting, shapes: Shapes, rank: int, layouts: list[str]) -> dict[str, dict[str, int]]:
-    """One rank: layout -> variant -> bytes of one step (the second; a first one may set things up)."""
+def count(setting: Setting, shapes: Shapes, rank: int, layouts: list[str]) -> dict[tuple[str, str], dict[str, int]]:
+    """One rank: layout and way -> variant -> bytes of one step (the second; a first one may set things up)."""
     sent = {}
     for variant in ("full", "frozen"):
         sent[variant] = _count_step(trainer_of(variant, shapes, setting, rank=rank))
     return {
-        layout: {**sent, "lora": _count_step(trainer_of("lora", shapes, setting, rank=rank, layout=layout))}
+        (layout, linears): {
+            **sent,
+            "lora": _count_step(trainer_of("lora", shapes, setting, rank=rank, layout=layout, linears=linears)),
+        }
         for layout in layouts
+        for linears in LINEARS
     }
 
 
@@ -144,12 +151,15 @@ def _count_step(trainer: Trainer) -> int:
     return sum(counter.sent.values())
 
 
-def allowed_bytes(setting: Setting, shapes: Shapes, rank: int, layout: str) -> int:
+def allowed_bytes(setting: Setting, shapes: Shapes, rank: int, layout: str, linears: str) -> int:
     """The rank-sized terms of this file's docstring, float32, all linears of all layers."""
     elements = 0
     for leaf, (size_in, size_out) in shapes.linears.items():
         width = rank * STACKED[layout].get(leaf, 1)
-        elements += 2 * shapes.tokens * width
+        exchanges = 2  # an all-reduce is two of the others
+        if linears == "fused" and setting.sequence_parallel:
+            exchanges = 1 if leaf in COLUMN else 0
+        elements += exchanges * shapes.tokens * width
         if setting.sequence_parallel:
             elements += 2 * (width * size_in if leaf in COLUMN else width * size_out)
     elements *= shapes.num_layers

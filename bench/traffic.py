@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import sys
 from collections import Counter
 from pathlib import Path
@@ -125,6 +126,12 @@ class Case:
     def of_experts(self) -> bool:
         return "experts" in self.implementation
 
+    def ways(self, layouts: list[str]) -> tuple[list[str], list[str]]:
+        """Layouts and ways (``--lora-linears``) of its adapter."""
+        if self.implementation == "peft":
+            return ["fused"], ["peft"]
+        return layouts, ["taps"] if self.of_experts else ["fused", "taps"]
+
     def widths(self, setting: Setting) -> dict[int, tuple[str, float]]:
         """Elements of a storage -> what it is. Experts see all tokens, and TP does not cut them here."""
         _, parallel, size_in, size_out = LINEARS[self.linear]
@@ -173,7 +180,7 @@ def main() -> int:
 
 
 def by_layer(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    keys = ("setting", "implementation", "layout")
+    keys = ("setting", "implementation", "layout", "linears")
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault(tuple(result[key] for key in keys), []).append(result)
@@ -184,8 +191,10 @@ def by_layer(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 class Layer:
     """The linears of one layer together."""
 
-    name: tuple[str, str, str]
-    """Setting, implementation, layout."""
+    setting: str
+    implementation: str
+    layout: str
+    linears: str
     kernels: float
     recompute: float
     """The same with a forward more."""
@@ -214,7 +223,7 @@ class Layer:
         ]
         first, forward = linears[0], total("forward", "kernels")
         return cls(
-            name=(first["setting"], first["implementation"], first["layout"]),
+            **{key: first[key] for key in ("setting", "implementation", "layout", "linears")},
             kernels=forward + total("backward", "kernels"),
             recompute=2 * forward + total("backward", "kernels"),
             NI=most("NI"),
@@ -230,12 +239,22 @@ class Layer:
 
 
 def render(layers: list[Layer]) -> str:
-    header = ("setting, linears, layout", "kernels", "recompute", "NI", "NO", "sent forward", "backward", "kept", "")
+    header = (
+        "setting, linears, layout, way",
+        "kernels",
+        "recompute",
+        "NI",
+        "NO",
+        "sent forward",
+        "backward",
+        "kept",
+        "",
+    )
     return table(
         header,
         [
             (
-                " ".join(layer.name),
+                f"{layer.setting} {layer.implementation}, {layer.layout}, {layer.linears}",
                 *(f"{value:g}" for value in (layer.kernels, layer.recompute, layer.NI, layer.NO)),
                 *(f"{value / RANK:g} r" for value in (layer.sent_forward, layer.sent_backward, layer.kept)),
                 layer.kept_wide,
@@ -254,16 +273,20 @@ def parse_args() -> argparse.Namespace:
 
 
 def count_all(setting: Setting, layouts: list[str]) -> list[dict[str, Any]]:
-    """One rank: a result per case and layout."""
+    """One rank: a result per case, layout and way."""
+    from slime_plugins.lora.layers import grouped
+
+    grouped.LARGE = TOKENS // EXPERTS  # experts as they are with thousands of rows each
     results = []
     for case in cases_of(setting):
         frozen = count(case, setting, None)
-        for layout in layouts if case.implementation != "peft" else ["fused"]:
-            lora = count(case, setting, layout)
+        for layout, linears in itertools.product(*case.ways(layouts)):
+            lora = count(case, setting, layout, linears)
             extra = {when: _minus(lora[when], frozen[when]) for when in ("forward", "backward", "kept")}
             results.append(
                 {"setting": str(setting), "implementation": case.implementation, "linear": case.linear}
-                | {"layout": layout, **extra, "kernel_names": _minus(lora["names"], frozen["names"])}
+                | {"layout": layout, "linears": linears, **extra}
+                | {"kernel_names": _minus(lora["names"], frozen["names"])}
             )
     return results
 
@@ -272,14 +295,15 @@ def _minus(one: Counter, other: Counter) -> dict[str, float]:
     return {key: round(one[key] - other[key], 6) for key in one | other}
 
 
-def count(case: Case, setting: Setting, layout: str | None) -> dict[str, Counter]:
+def count(case: Case, setting: Setting, layout: str | None, linears: str = "fused") -> dict[str, Counter]:
     """One forward and backward of one linear: ``forward``, ``backward``, ``kept`` and the kernels' ``names``.
 
     Args:
         layout: of its adapter; None leaves it frozen.
+        linears: as ``--lora-linears``.
     """
     torch.manual_seed(0)
-    module = linear_of(case, setting, layout)
+    module = linear_of(case, setting, layout, linears)
     model = _in_ddp(module)
     _, parallel, size_in, _ = LINEARS[case.linear]
     sequence = setting.sequence_parallel and setting.tp > 1 and not case.of_experts
@@ -348,7 +372,7 @@ def config_of(setting: Setting, **more: Any):
     )
 
 
-def linear_of(case: Case, setting: Setting, layout: str | None) -> torch.nn.Module:
+def linear_of(case: Case, setting: Setting, layout: str | None, linears: str) -> torch.nn.Module:
     """The linear, frozen, with an adapter of some values if it has a layout."""
     path, parallel, size_in, size_out = LINEARS[case.linear]
     if case.implementation == "peft":
@@ -369,7 +393,8 @@ def linear_of(case: Case, setting: Setting, layout: str | None) -> torch.nn.Modu
     from slime_plugins.lora.names import hf_names
 
     spec = spec_for(base, name, tuple(range(len(hf_names(name)))), config)
-    adapted = adapt(linear, kind_of(linear).form, base, spec, None)
+    adapted = adapt(linear, kind_of(linear).form, base, spec, None, linears)
+    assert case.of_experts or (adapted.lora_fused is not None) == (linears == "fused"), adapted.lora_why_taps
     with torch.no_grad():
         adapted.lora_B.normal_()
     return adapted

@@ -27,7 +27,9 @@ CONFIG = LoRAConfig(
 
 def resume(layout: Layout, out):
     """Load, export, one more step, export. Returns the step number and its gradient norm."""
-    model = adapted.wrap(adapted.adapted_chunks(DATA / "base", CONFIG, sp=layout.sp, dtype=torch.bfloat16))
+    # By taps, as it was trained: another order of the products is another last bit.
+    how = dict(sp=layout.sp, dtype=torch.bfloat16, linears="taps")
+    model = adapted.wrap(adapted.adapted_chunks(DATA / "base", CONFIG, **how))
     optimizer = adapted.optimizer_for(model, bf16=True)
     loaded = load_adapter(model, DATA / "checkpoint", optimizer=optimizer)
     assert loaded.optimizer and loaded.rng == (layout.tp == 2)

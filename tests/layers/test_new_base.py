@@ -128,7 +128,7 @@ def run(layout: Layout, hf_dir, packed, out):
     def apply(chunks):
         if packed:
             pack(chunks)
-        reports.append(apply_lora(chunks, config))
+        reports.append(apply_lora(chunks, config, linears="taps"))  # as the packed ones always are
 
     def logits():
         return adapted.run_schedule(chunks, TOKENS, forward_only=True, collect_logits=True)

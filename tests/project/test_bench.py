@@ -18,10 +18,12 @@ def bench(script: str, out: Path, *flags: str) -> tuple[dict, str]:
 
 
 def test_bytes_on_the_wire_are_the_rank_sized_ones(tmp_path):
-    """TP=2+SP: an all-gather and a reduce-scatter of h per linear, and one sum of the replicated halves' gradients."""
+    """TP=2+SP: by taps an all-gather and a reduce-scatter of h per linear, fused the latter per column-parallel one;
+    and one sum of the replicated halves' gradients."""
     sizes = ("--hidden", "256", "--layers", "1", "--tokens", "32", "--rank", "3")
     report, text = bench("comm_bytes.py", tmp_path / "bytes.json", "--settings", "TP=2+SP", *sizes)
-    assert [result["layout"] for result in report["results"]] == ["fused", "split"]
+    ways = [(result["layout"], result["linears"]) for result in report["results"]]
+    assert ways == [(layout, linears) for layout in ("fused", "split") for linears in ("fused", "taps")]
     for result in report["results"]:
         assert result["extra"] == result["allowed"] > 0
     assert "TOO MUCH" not in text

@@ -30,12 +30,15 @@ CONFIG = LoRAConfig(rank=nf4_oracle.RANK, alpha=nf4_oracle.ALPHA)
 def chunks_of(
     layout: Layout, hf_dir, *, quant=NF4, config=CONFIG, first="quantize", build=build_chunks, codes_of=None, **kwargs
 ):
-    """Adapted chunks on a packed base (``quant`` None: on the dense one), and the reports."""
+    """Adapted chunks on a packed base (``quant`` None: on the dense one), and the reports.
+
+    Both by taps, which a packed base always has: the same products in the same order.
+    """
     reports = []
 
     def apply(chunks):
         steps = [lambda: quantize_base(chunks, quant, codes_of=codes_of)] if quant is not None else []
-        steps.append(lambda: apply_lora(chunks, config))
+        steps.append(lambda: apply_lora(chunks, config, linears="auto" if quant is not None else "taps"))
         for step in steps if first == "quantize" else reversed(steps):
             reports.append(step())
 

@@ -7,6 +7,7 @@ import sys
 import tracemalloc
 import types
 from argparse import ArgumentParser, Namespace
+from functools import partial
 from pathlib import Path
 
 import adapted
@@ -118,7 +119,10 @@ def whole_life(layout: Layout, hf_dir, dense_dir, work, dtype):
 
     dense = adapted.wrap(
         rehearsal.build_chunks(
-            dense_dir, dtype=dtype, sequence_parallel=layout.sp, apply=lambda chunks: apply_lora(chunks, CONFIG)
+            dense_dir,
+            dtype=dtype,
+            sequence_parallel=layout.sp,
+            apply=partial(apply_lora, config=CONFIG, linears="taps"),
         )
     )
     adapted.randomize(dense)
@@ -182,7 +186,9 @@ def resumed_elsewhere(layout: Layout, hf_dir, work, dtype):
     args.load, args.finetune, args.no_load_optim, args.no_load_rng = args.save, False, False, False
     model, optimizer = build(layout, args, dtype)
     load(args, model, optimizer)
-    dense = adapted.wrap(rehearsal.build_chunks(hf_dir, dtype=dtype, apply=lambda chunks: apply_lora(chunks, CONFIG)))
+    dense = adapted.wrap(
+        rehearsal.build_chunks(hf_dir, dtype=dtype, apply=partial(apply_lora, config=CONFIG, linears="taps"))
+    )
     return len(list(iter_adapters(model))), _raised(lambda: load_adapter(dense, args.save, restore_rng=False))
 
 

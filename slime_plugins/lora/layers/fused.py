@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from slime_plugins.lora.layers.lowrank import outer, scaled_mm
 from slime_plugins.lora.layers.spec import AdapterSpec
 
 
@@ -173,7 +174,7 @@ class _FusedLinear(torch.autograd.Function):
             ctx.save_for_backward(x_NI if rho is not None else None, rho, W)
         else:
             A_CI, B_OC = A.to(x.dtype), operation.up.dense(B.to(x.dtype))
-            h_NC = _scaled_mm(ln_NI, A_CI.t(), operation.up.scaling)
+            h_NC = scaled_mm(ln_NI, A_CI.t(), operation.up.scaling)
             y_NO.addmm_(h_NC, B_OC.t())
             ctx.save_for_backward(x_NI, rho, W, A_CI, B_OC, h_NC)
         if bias is not None:
@@ -228,15 +229,10 @@ def _dx(ctx, dln_NI: torch.Tensor, x_NI: torch.Tensor, rho: torch.Tensor | None)
     return finish
 
 
-def _scaled_mm(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-    """scaling * a b in one kernel."""
-    return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scaling)
-
-
 def _dA(A, dh_NC, x_NI, scaling: float, rho: torch.Tensor | None, norm: Norm | None) -> torch.Tensor:
     """scaling * dh^T ln [C, I], of the A that was given: added to its ``main_grad`` where that can be."""
     if rho is None or norm is None:
-        return _outer(A, dh_NC, x_NI, scaling)
+        return _outer_of(A, dh_NC, x_NI, scaling)
     dA = (dh_NC * rho.to(dh_NC.dtype)).t() @ x_NI
     main_grad = _main_grad(A)
     if main_grad is None:
@@ -248,7 +244,7 @@ def _dA(A, dh_NC, x_NI, scaling: float, rho: torch.Tensor | None, norm: Norm | N
 def _dB(B, dy_NO, h_NC, up: OneProduct) -> torch.Tensor:
     """dy^T h, of the B that was given; h is scaled. The same."""
     if up.is_B:
-        return _outer(B, dy_NO, h_NC, 1.0)
+        return _outer_of(B, dy_NO, h_NC, 1.0)
     dB, main_grad = up.dB(dy_NO.t() @ h_NC), _main_grad(B)
     if main_grad is None:
         return dB.to(B.dtype)
@@ -256,7 +252,7 @@ def _dB(B, dy_NO, h_NC, up: OneProduct) -> torch.Tensor:
     return _added(B)
 
 
-def _outer(parameter, a_NK: torch.Tensor, b_NM: torch.Tensor, scaling: float) -> torch.Tensor:
+def _outer_of(parameter, a_NK: torch.Tensor, b_NM: torch.Tensor, scaling: float) -> torch.Tensor:
     """scaling * a^T b [K, M], for a parameter of that shape."""
     main_grad = _main_grad(parameter)
     if main_grad is not None and main_grad.dtype == a_NK.dtype:
@@ -268,7 +264,7 @@ def _outer(parameter, a_NK: torch.Tensor, b_NM: torch.Tensor, scaling: float) ->
     if main_grad is not None and _adds_products_of(a_NK.dtype, main_grad.dtype, a_NK.device):
         torch.addmm(main_grad, a_NK.t(), b_NM, alpha=scaling, out_dtype=main_grad.dtype, out=main_grad)
         return _added(parameter)
-    return _scaled_mm(a_NK.t(), b_NM, scaling).to(parameter.dtype)
+    return outer(a_NK, b_NM, scaling).to(parameter.dtype)
 
 
 def _main_grad(parameter: torch.nn.Parameter) -> torch.Tensor | None:

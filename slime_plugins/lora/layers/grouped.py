@@ -5,6 +5,9 @@ One grouped product per step, no loop over experts in Python and none over token
     grouped_mm     torch's grouped matrix product; the path wherever it takes the operands
     padded         bmm over experts padded to the longest; for a torch, dtype or alignment that grouped_mm refuses
 
+What is added to a wide tensor (y, dx) never becomes a second one of its size: an expert of many rows is a product of
+its own, which adds as it goes; the others are taken together, some rows at a time.
+
 Shape letters as in ``lowrank``: N tokens of all experts, E experts, I/O/R features. An expert may have no token.
 """
 
@@ -18,6 +21,11 @@ import torch
 
 _grouped_mm: Any = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 _ALIGNMENT = 16  # bytes: of every stride of an operand
+
+LARGE = 2048
+"""Rows from which an expert is a product of its own: those take a GPU longer than the launch of a kernel."""
+CHUNK = 16384
+"""Rows of smaller experts that are taken together: what they add is a temporary of so many rows."""
 
 
 class Segments:
@@ -37,18 +45,21 @@ class Segments:
         return self._rows_times(dh_NR, A_ERI)
 
     def add_dx(self, dx_NI, dh_NR, A_ERI) -> None:
-        dx_NI.add_(self.dx(dh_NR, A_ERI))
+        self._add_rows_times(dx_NI, dh_NR, A_ERI, 1.0)
 
     def dA(self, dh_NR, x_NI):
         return self._outer(dh_NR, x_NI)
 
     def add_y(self, y_NO, h_NR, B_EOR, scaling: float) -> None:
-        y_NO.add_(self._rows_times(h_NR, B_EOR.transpose(1, 2)), alpha=scaling)
+        self._add_rows_times(y_NO, h_NR, B_EOR.transpose(1, 2), scaling)
 
     def dh(self, dy_NO, B_EOR, scaling: float):
         return self._rows_times(dy_NO, B_EOR).mul_(scaling)
 
     def dB(self, dy_NO, h_NR, scaling: float):
+        if dy_NO.is_cuda:
+            return self._outer(dy_NO, h_NR).mul_(scaling)
+        # A product with few rows, not few columns, is twice as fast on a CPU.
         return self._outer(h_NR, dy_NO).mul_(scaling).transpose(1, 2)
 
     def _rows_times(self, a_NK: torch.Tensor, b_EKM: torch.Tensor) -> torch.Tensor:
@@ -58,6 +69,33 @@ class Segments:
         if takes_grouped_mm(a_NK, b_EKM):
             return _grouped_mm(a_NK, b_EKM, offs=self._offsets)
         return self._unpad(torch.bmm(self._pad(a_NK), b_EKM))
+
+    def _add_rows_times(self, into_NM: torch.Tensor, a_NK: torch.Tensor, b_EKM: torch.Tensor, scaling: float) -> None:
+        """into += scaling * (row n times its expert's matrix), in place."""
+        for experts, rows, part in self._parts:
+            if part is None:
+                into_NM[rows].addmm_(a_NK[rows], b_EKM[experts.start], alpha=scaling)
+            else:
+                into_NM[rows].add_(part._rows_times(a_NK[rows], b_EKM[experts]), alpha=scaling)
+
+    @cached_property
+    def _parts(self) -> list[tuple[slice, slice, Segments | None]]:
+        """Consecutive experts, their rows, and the products of these; None for one expert alone."""
+        parts: list[tuple[slice, slice, Segments | None]] = []
+        first = row = 0
+        while first < len(self._splits):
+            last, rows = first + 1, self._splits[first]
+            if rows < LARGE:
+                while last < len(self._splits) and self._splits[last] < LARGE and rows + self._splits[last] <= CHUNK:
+                    rows += self._splits[last]
+                    last += 1
+            experts, whole = slice(first, last), last - first == len(self._splits)
+            together = self if whole else Segments(self._splits[experts], self._device)
+            if rows:
+                alone = self._splits[first] >= LARGE
+                parts.append((experts, slice(row, row + rows), None if alone else together))
+            first, row = last, row + rows
+        return parts
 
     def _outer(self, a_NK: torch.Tensor, b_NM: torch.Tensor) -> torch.Tensor:
         """Sum over each expert's rows of a^T b: [E, K, M], zero for an expert without rows."""
@@ -97,6 +135,19 @@ class Segments:
         if self._device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(self._device, non_blocking=True)
+
+
+_last: list[Segments] = []
+
+
+def segments(splits: Sequence[int], device: torch.device) -> Segments:
+    """The ``Segments`` of these splits: the one of the last call if they are equal, as a layer's two linears' are.
+
+    So that what it builds and sends to the device is built and sent once a layer.
+    """
+    if not _last or _last[0]._splits != list(splits) or _last[0]._device != device:
+        _last[:] = [Segments(splits, device)]
+    return _last[0]
 
 
 def takes_grouped_mm(*operands: torch.Tensor) -> bool:

@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker
 from megatron.core.transformer.moe.experts import SequentialMLP
 
 from slime_plugins.lora.layers.adapter import LoRALinear
-from slime_plugins.lora.layers.grouped import Segments
+from slime_plugins.lora.layers.grouped import segments
 from slime_plugins.lora.layers.pieces import adapter_sharded_tensors
 
 
@@ -32,7 +32,7 @@ class LoRAExperts(LoRALinear):
         if not self.lora_enabled:
             return super(LoRALinear, self).forward(x, m_splits)
         splits = m_splits.tolist() if isinstance(m_splits, torch.Tensor) else m_splits
-        product = Segments(splits, x.device)
+        product = segments(splits, x.device)
         x, h, exchanges = self._lora_down(x, product=product)
         output, bias = super(LoRALinear, self).forward(x, m_splits)
         return self._lora_up(output, h, exchanges, product), bias
