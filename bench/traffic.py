@@ -32,20 +32,13 @@ from unittest import mock
 
 import torch
 from _harness import SETTINGS, Setting, run_ranks, table, write_json
+from _linears import EXPERTS, LINEARS, RANK, TOKENS, Case, cases_of, in_ddp, linear_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-HIDDEN, HEADS, GROUPS, HEAD_DIM, FFN = 48, 4, 2, 20, 72
-TOKENS, RANK, EXPERTS = 128, 4, 4
-"""No two of the sizes that a tensor can have here are equal: a tensor's size says what it is."""
-LINEARS = {
-    "qkv": ("self_attention.linear_qkv", "column", HIDDEN, (HEADS + 2 * GROUPS) * HEAD_DIM),
-    "proj": ("self_attention.linear_proj", "row", HEADS * HEAD_DIM, HIDDEN),
-    "fc1": ("mlp.linear_fc1", "column", HIDDEN, 2 * FFN),
-    "fc2": ("mlp.linear_fc2", "row", FFN, HIDDEN),
-}
-"""Short name -> path in a layer, how it is cut, input and output features of all ranks."""
 STAND_IN = Path(__file__).resolve().parent.parent / "tests" / "te_stub"
 LAYOUTS = ("fused", "split")
+STACKED = {"fused": {}, "split": {"qkv": 3, "fc1": 2}}
+"""How many As a linear stacks."""
 NOT_KERNELS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view", "lift_fresh")
 WRITTEN_ONLY = ("copy_", "zero_", "fill_")
 
@@ -111,54 +104,6 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 def _numel(value: Any) -> int:
     return sum(tensor.numel() for tensor in _tensors(value))
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One linear of one implementation."""
-
-    implementation: str
-    """``local``, ``te``, ``experts`` (of a SequentialMLP), ``te experts``, ``peft``."""
-    linear: str
-    """A key of ``LINEARS``."""
-
-    @property
-    def of_experts(self) -> bool:
-        return "experts" in self.implementation
-
-    def ways(self, layouts: list[str]) -> tuple[list[str], list[str]]:
-        """Layouts and ways (``--lora-linears``) of its adapter."""
-        if self.implementation == "peft":
-            return ["fused"], ["peft"]
-        return layouts, ["taps"] if self.of_experts else ["fused", "taps"]
-
-    def widths(self, setting: Setting) -> dict[int, tuple[str, float]]:
-        """Elements of a storage -> what it is. Experts see all tokens, and TP does not cut them here."""
-        _, parallel, size_in, size_out = LINEARS[self.linear]
-        tp = 1 if self.of_experts else setting.tp
-        size_in, size_out = (
-            size_in // (tp if parallel == "row" else 1),
-            size_out // (tp if parallel == "column" else 1),
-        )
-        tokens = {TOKENS: 1.0} | ({TOKENS // tp: 1 / tp} if setting.sequence_parallel and tp > 1 else {})
-        found = {
-            n * size: (side, share)
-            for n, share in tokens.items()
-            for side, size in (("NI", size_in), ("NO", size_out))
-        }
-        assert len(found) == 2 * len(tokens), "two sizes are equal"
-        return found
-
-
-def cases_of(setting: Setting) -> list[Case]:
-    kinds = ["local", "te", *(["experts", "te experts", "peft"] if setting.tp == 1 else [])]
-    return [
-        Case(kind, linear)
-        for kind in kinds
-        for linear in LINEARS
-        if linear.startswith("fc") or "experts" not in kind
-        if linear == "proj" or kind != "peft"
-    ]
 
 
 def main() -> int:
@@ -235,7 +180,27 @@ class Layer:
         )
 
     def over_limit(self) -> list[str]:
-        return []
+        """What is more than the design allows, in words."""
+        if self.implementation == "peft":
+            return []
+        most = {"NI": 12 if (self.implementation, self.linears) == ("te", "taps") else 8, "NO": 8}
+        if self.linears == "fused":
+            extra = {"TP=1": 0, "TP=2": 4, "TP=2+SP": 2}[self.setting]
+            most["kernels"] = 24 + 4 * (self.implementation == "te") + 8 * (self.layout == "split") + extra
+            exchanged = {"TP=1": (), "TP=2": tuple(LINEARS), "TP=2+SP": ("qkv", "fc1")}[self.setting]
+            most["sent_forward"] = 0
+            most["sent_backward"] = RANK * sum(STACKED[self.layout].get(linear, 1) for linear in exchanged)
+        elif self.layout == "fused":
+            most["kernels"] = 38
+        found = {what: getattr(self, what) for what in most}
+        problems = [f"{what} {found[what]:g}, allowed {most[what]:g}" for what in most if found[what] > most[what]]
+        behind_norm = self.implementation == "te" and self.linears == "fused"
+        if behind_norm and ("qkv" in self.kept_wide or "fc1" in self.kept_wide):
+            problems.append(f"keeps {self.kept_wide} for the backward; of a linear behind a norm, h alone is allowed")
+        return [f"{self}: {problem}" for problem in problems]
+
+    def __str__(self) -> str:
+        return f"{self.setting} {self.implementation}, {self.layout}, {self.linears}"
 
 
 def render(layers: list[Layer]) -> str:
@@ -254,7 +219,7 @@ def render(layers: list[Layer]) -> str:
         header,
         [
             (
-                f"{layer.setting} {layer.implementation}, {layer.layout}, {layer.linears}",
+                str(layer),
                 *(f"{value:g}" for value in (layer.kernels, layer.recompute, layer.NI, layer.NO)),
                 *(f"{value / RANK:g} r" for value in (layer.sent_forward, layer.sent_backward, layer.kept)),
                 layer.kept_wide,
@@ -304,7 +269,7 @@ def count(case: Case, setting: Setting, layout: str | None, linears: str = "fuse
     """
     torch.manual_seed(0)
     module = linear_of(case, setting, layout, linears)
-    model = _in_ddp(module)
+    model = in_ddp(module)
     _, parallel, size_in, _ = LINEARS[case.linear]
     sequence = setting.sequence_parallel and setting.tp > 1 and not case.of_experts
     shards = setting.tp if parallel == "row" and not case.of_experts else 1
@@ -327,134 +292,6 @@ def count(case: Case, setting: Setting, layout: str | None, linears: str = "fuse
         "kept": kept,
         "names": forward.names + backward.names,
     }
-
-
-class _Holder(torch.nn.Module):
-    def __init__(self, linear: torch.nn.Module) -> None:
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, *args):
-        return self.linear(*args)
-
-
-def _in_ddp(linear: torch.nn.Module) -> torch.nn.Module:
-    """Under Megatron's DDP, which adds a gradient to ``main_grad``; a linear that does not train has none."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-
-    holder = _Holder(linear)
-    if not any(parameter.requires_grad for parameter in holder.parameters()):
-        return holder
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    model = DistributedDataParallel(config_of(Setting(1, False)), ddp, holder)
-    model.zero_grad_buffer()
-    return model
-
-
-def config_of(setting: Setting, **more: Any):
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    return TransformerConfig(
-        num_layers=1,
-        hidden_size=HIDDEN,
-        num_attention_heads=HEADS,
-        num_query_groups=GROUPS,
-        kv_channels=HEAD_DIM,
-        ffn_hidden_size=FFN,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        normalization="RMSNorm",
-        tensor_model_parallel_size=setting.tp,
-        sequence_parallel=setting.sequence_parallel,
-        use_cpu_initialization=True,
-        **more,
-    )
-
-
-def linear_of(case: Case, setting: Setting, layout: str | None, linears: str) -> torch.nn.Module:
-    """The linear, frozen, with an adapter of some values if it has a layout."""
-    path, parallel, size_in, size_out = LINEARS[case.linear]
-    if case.implementation == "peft":
-        return _peft_linear(size_in, size_out, layout)
-    from slime_plugins.lora import LoRAConfig
-    from slime_plugins.lora.layers import adapt, frozen_of, kind_of, spec_for
-
-    linear, name = _build(case, setting, parallel, size_in, size_out), f"decoder.layers.0.{path}"
-    linear.requires_grad_(False)
-    if case.implementation == "experts":
-        for one in linear.linears:
-            one.requires_grad_(False)
-    if layout is None:
-        return linear
-    if case.of_experts:
-        name = name.replace("mlp.", "mlp.experts.")
-    base, config = frozen_of(linear), LoRAConfig(rank=RANK, alpha=3 * RANK, layout=layout)
-    from slime_plugins.lora.names import hf_names
-
-    spec = spec_for(base, name, tuple(range(len(hf_names(name)))), config)
-    adapted = adapt(linear, kind_of(linear).form, base, spec, None, linears)
-    assert case.of_experts or (adapted.lora_fused is not None) == (linears == "fused"), adapted.lora_why_taps
-    with torch.no_grad():
-        adapted.lora_B.normal_()
-    return adapted
-
-
-def _build(case: Case, setting: Setting, parallel: str, size_in: int, size_out: int) -> torch.nn.Module:
-    from megatron.core import parallel_state
-
-    if case.of_experts:
-        return _build_experts(case)
-    config = config_of(setting)
-    common = dict(config=config, init_method=config.init_method, bias=False, skip_bias_add=False)
-    common |= dict(tp_group=parallel_state.get_tensor_model_parallel_group(), is_expert=False)
-    common |= dict(gather_output=False) if parallel == "column" else dict(input_is_parallel=True)
-    if case.implementation == "te":
-        te = _transformer_engine()
-        kinds = {"column": te.TELayerNormColumnParallelLinear, "row": te.TERowParallelLinear}
-    else:
-        from megatron.core.tensor_parallel import layers
-
-        kinds = {"column": layers.ColumnParallelLinear, "row": layers.RowParallelLinear}
-    return kinds[parallel](size_in, size_out, **common)
-
-
-def _build_experts(case: Case) -> torch.nn.Module:
-    config = config_of(Setting(1, False), num_moe_experts=EXPERTS)
-    if case.implementation == "experts":
-        from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-        from megatron.core.transformer.mlp import MLPSubmodules
-        from megatron.core.transformer.moe.experts import SequentialMLP
-        from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-
-        from slime_plugins.lora.layers import linears_of_experts
-
-        parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        return linears_of_experts(SequentialMLP(EXPERTS, config, parts, get_default_pg_collection()))[
-            f"linear_{case.linear}"
-        ]
-    te = _transformer_engine()
-    _, parallel, size_in, size_out = LINEARS[case.linear]
-    kind = {"column": te.TEColumnParallelGroupedLinear, "row": te.TERowParallelGroupedLinear}[parallel]
-    common = dict(config=config, init_method=config.init_method, bias=False, skip_bias_add=False, is_expert=True)
-    return kind(EXPERTS, size_in, size_out, **common)
-
-
-def _transformer_engine():
-    from megatron.core.extensions import transformer_engine
-
-    return transformer_engine
-
-
-def _peft_linear(size_in: int, size_out: int, layout: str | None) -> torch.nn.Module:
-    linear = torch.nn.Linear(size_in, size_out, bias=False).requires_grad_(False)
-    if layout is None:
-        return torch.nn.Sequential(linear)
-    from peft import LoraConfig
-    from peft.tuners.lora.layer import Linear
-
-    config = LoraConfig(r=RANK, lora_alpha=3 * RANK, init_lora_weights=False)
-    return torch.nn.Sequential(Linear(linear, "default", config=config, r=RANK, lora_alpha=3 * RANK))
 
 
 @contextlib.contextmanager

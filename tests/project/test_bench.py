@@ -29,6 +29,18 @@ def test_bytes_on_the_wire_are_the_rank_sized_ones(tmp_path):
     assert "TOO MUCH" not in text
 
 
+def test_traffic_stays_within_the_design(tmp_path):
+    """Kernels, bytes and elements sent, of every form of linear; the script fails for what is over its limits."""
+    report, _ = bench("traffic.py", tmp_path / "traffic.json", "--settings", "TP=1", "TP=2+SP")
+    found = {(r["setting"], r["implementation"], r["linears"]) for r in report["results"]}
+    for setting in ("TP=1", "TP=2+SP"):
+        assert {(setting, kind, way) for kind in ("local", "te") for way in ("fused", "taps")} <= found
+    assert ("TP=1", "te experts", "taps") in found
+    peft = next(r for r in report["results"] if r["implementation"] == "peft")
+    passes = {side: peft["forward"][side] + peft["backward"][side] for side in ("NI", "NO")}
+    assert passes == {"NI": 6, "NO": 10}  # read out of PEFT's source by hand
+
+
 @pytest.mark.slow
 def test_step_time(tmp_path):
     flags = ("--hidden", "256", "--layers", "1", "--tokens", "64", "--rounds", "2", "--settings", "TP=1", "TP=2+SP")
