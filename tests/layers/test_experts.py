@@ -113,6 +113,19 @@ def test_latent_attention_where_megatron_is_wrong(te_pool4, references, te, sp):
         te_pool4.run(moe_runs.chunks_of, path, te, config, tp=2, sp=sp, etp=1)
 
 
+@pytest.mark.parametrize("te", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "qwen3_5_moe_text"])
+def test_experts_that_megatron_does_not_train(te_pool4, references, family, te):
+    """Whatever is adapted, at injection; without that Megatron itself stops, at the first step."""
+    path = references(family)[0]
+    config = LoRAConfig(rank=RANK, alpha=ALPHA, target_modules=("linear_proj",))
+    with pytest.raises(WorkerError, match=r"trains no experts at tensor-parallel size 2 .*; add --sequence-parallel"):
+        te_pool4.run(moe_runs.chunks_of, path, te, config, tp=2, etp=1)
+    if te and family == "qwen3_moe":
+        with pytest.raises(WorkerError, match=r"During training, .* without also enabling sequence parallelism"):
+            te_pool4.run(moe_runs.base_step, path, tp=2, etp=1)
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("te", [False, True])
 def test_shared_experts(te_pool4, references, te, overlap):

@@ -48,6 +48,12 @@ def logits_of(layout: Layout, chunks):
     return adapted.gather_logits(logits, moe_models.VOCAB)
 
 
+def base_step(layout: Layout, hf_dir):
+    """One step of training without adapters."""
+    model = adapted.wrap(chunks_of(layout, hf_dir, True, None), distributed_optimizer=False)
+    adapted.train_step(model, None, TOKENS, microbatches=layout.pp)
+
+
 def parity(layout: Layout, hf_dir, te, config, values, ref_logits, ref_grads, overrides):
     """Errors of this rank, relative to the largest entry: logits (last stage), worst A and B gradient shard."""
     chunks = chunks_of(layout, hf_dir, te, config, values, **overrides)

@@ -102,8 +102,12 @@ class AdapterSpec:
         return dataclasses.replace(self, name=of_expert(self.name, self.experts[index]), experts=None, num_experts=1)
 
 
+_OF_EXPERTS = ("mlp.router", "mlp.experts.")
+
+
 def check_gradients(base: FrozenLinear, name: str) -> None:
-    """Refuse attention whose own backward is wrong, with adapters or without: latent, and linear over chunks.
+    """Refuse what cannot be trained, with adapters or without: attention whose own backward is wrong (latent, and
+    linear over chunks), and experts that Megatron does not train.
 
     The rotary part of the key is one for all heads. Its gradient is summed over tensor-parallel ranks only on the way
     back through Megatron's gather from the sequence-parallel region, so with a duplicated projection under sequence
@@ -116,6 +120,12 @@ def check_gradients(base: FrozenLinear, name: str) -> None:
         raise UsageError(
             f"{name}: slime's linear attention over context parallelism drops the gradients that cross chunks, and "
             "every adapter below it would train on wrong ones; use --context-parallel-size 1"
+        )
+    path, tp_size = name.split(".", 3)[-1], parallel_state.get_tensor_model_parallel_world_size()
+    if path.startswith(_OF_EXPERTS) and tp_size > 1 and not base.config.sequence_parallel:
+        raise UsageError(
+            f"{name}: Megatron trains no experts at tensor-parallel size {tp_size} without sequence parallelism "
+            "(MoELayer.forward, at the first step); add --sequence-parallel, or use tensor-parallel size 1"
         )
     if not name.endswith("linear_kv_down_proj") or base.tp_group.size() == 1:
         return

@@ -126,6 +126,7 @@ def test_flags_without_use_lora_are_refused(flag):
         ("--lora-adapter-path a", dict(update_weight_mode="delta"), "--update-weight-mode full"),
         ("", dict(use_transformer_engine_op_fuser=True), "never calls the adapters; drop it"),
         ("", dict(moe_shared_expert_overlap=True, **SHARED), "--lora-exclude-modules shared_experts.linear_fc1"),
+        ("", dict(num_experts=8, tensor_model_parallel_size=2), "stops at the first step; add --sequence-parallel"),
         ("", dict(megatron_deepgemm_forward_layers="all"), "drop them"),
         ("", dict(megatron_deepgemm_moe_forward_layers="all"), "drop them"),
         ("", dict(overlap_moe_expert_parallel_comm=True, fp8="e4m3", num_experts=8), "--lora-exclude-modules experts"),

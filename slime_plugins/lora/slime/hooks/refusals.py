@@ -161,6 +161,16 @@ TRAINING = (
         "experts.linear_fc2",
     ),
     Refusal(
+        "experts without sequence parallelism",
+        lambda launch: (
+            (launch.given("tensor_model_parallel_size") or 1) > 1
+            and launch.given("num_experts")
+            and not launch.given("sequence_parallel")
+        ),
+        "--tensor-model-parallel-size above 1 on a base with experts: Megatron trains them under sequence parallelism "
+        "alone and stops at the first step; add --sequence-parallel",
+    ),
+    Refusal(
         "linear attention over context parallelism",
         lambda launch: (launch.given("context_parallel_size") or 1) > 1 and _linear_attention(launch),
         "--context-parallel-size above 1 on a base with linear attention: slime's gather drops the gradients that "
