@@ -6,7 +6,10 @@ pytest tests/layers/test_token_rows.py -m ""      # and TP 2, DP 2, interleaved 
 
 from __future__ import annotations
 
+from functools import partial
+
 import adapted
+import context_parallel
 import pytest
 import reference
 import torch
@@ -87,16 +90,28 @@ def of_peft(base, tied, alone):
     return grads, {name: p.detach().clone() for name, p in rows.items()}, norms
 
 
-def train_rows(layout: Layout, base, config, finalize=summing_stages, first=0, last=STEPS, load=None, save=None):
+def train_rows(
+    layout: Layout,
+    base,
+    config,
+    finalize=summing_stages,
+    first=0,
+    last=STEPS,
+    load=None,
+    save=None,
+    distributed_optimizer=True,
+):
     """The same of Megatron; rows as W + D, from every rank that has them."""
-    chunks = adapted.adapted_chunks(base, config, sp=layout.sp, vpp=layout.vpp)
+    spec = context_parallel.spec if layout.cp > 1 else None
+    chunks = adapted.adapted_chunks(base, config, sp=layout.sp, vpp=layout.vpp, layer_spec=spec)
     if config.target_modules:
         adapted.set_adapters(chunks, "split", 4)
     before = [parameter.clone() for _, parameter in base_parameters(chunks)]
-    model = adapted.wrap(chunks)
+    sharded = {"distributed_optimizer": distributed_optimizer}
+    model = adapted.wrap(chunks, **sharded)
     for chunk in model:
         get_model_config(chunk).finalize_model_grads_func = finalize(finalize_model_grads)
-    optimizer = adapted.optimizer_for(model, lr=LR, clip_grad=CLIP)
+    optimizer = adapted.optimizer_for(model, lr=LR, clip_grad=CLIP, **sharded)
     optimizer.reload_model_params()
     if load is not None:
         load_adapter(model, load, optimizer=optimizer)
@@ -155,7 +170,6 @@ SIZES = [
     pytest.param({"tp": 2, "sp": True}, id="tp2-sp"),
     pytest.param({"pp": 2}, id="pp2"),
     pytest.param({"tp": 2}, id="tp2", marks=pytest.mark.slow),
-    pytest.param({}, id="dp2", marks=pytest.mark.slow),
     pytest.param({"pp": 2, "vpp": 2}, id="pp2-vpp2", marks=pytest.mark.slow),
 ]
 
@@ -163,8 +177,20 @@ SIZES = [
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_two_processes(pool2, bases, expected, sizes, tied):
-    # Of data-parallel ranks the distributed optimizer leaves each a part of the gradient.
-    check(pool2.run(train_rows, bases[tied], LORA, **sizes), expected(tied, False), whole_gradients=bool(sizes))
+    check(pool2.run(train_rows, bases[tied], LORA, **sizes), expected(tied, False))
+
+
+REPLICAS = [pytest.param({"cp": 2}, id="cp2"), pytest.param({}, id="dp2", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("sizes", REPLICAS)
+def test_ranks_with_a_part_of_the_tokens(pool2, bases, expected, sizes, tied):
+    """The distributed optimizer leaves each rank a part of the summed gradient, Megatron's plain one all of it."""
+    for distributed in (False, True):
+        train = partial(train_rows, distributed_optimizer=distributed)
+        results = pool2.run(train, bases[tied], LORA, **sizes)
+        check(results, expected(tied, False), whole_gradients=not distributed)
 
 
 def test_tied_rows_of_two_stages_need_their_sum(pool2, bases):
