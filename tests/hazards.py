@@ -878,6 +878,14 @@ BREAKS = [
     ),
     Break(
         "rows",
+        "reduce the rows' gradients over the ranks that have the same experts alone",
+        "layers/forms/tokens.py::adapt_rows",
+        "expert_buffers=False",
+        "expert_buffers=True",
+        "tests/layers/test_token_rows_of_experts.py",
+    ),
+    Break(
+        "rows",
         "look up another rank's tokens under sequence parallelism",
         "layers/forms/tokens.py::TokenRowsEmbedding.forward",
         "[self.lora_group.rank()]",

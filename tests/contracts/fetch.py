@@ -15,9 +15,8 @@ import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from wheels import SGLANG, TRANSFORMER_ENGINE, TRL, cache
+from wheels import SGLANG, TRANSFORMER_ENGINE, TRL, VLLM, cache
 
-VLLM = "0.33.0"
 # Only Python is read, so any machine may take the wheel for this one. pip takes a platform by its exact name: SGLang's
 # wheels have the first, vLLM's the second.
 PLATFORMS = ("--platform", "manylinux_2_34_x86_64", "--platform", "manylinux_2_28_x86_64")

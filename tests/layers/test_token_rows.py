@@ -1,18 +1,21 @@
 """Trained vocabulary rows against PEFT's ``trainable_token_indices`` in one process: gradients, steps, gradient norms.
 
-pytest tests/layers/test_token_rows.py            # tied and untied, TP 1, TP 2 + SP, PP 2
+pytest tests/layers/test_token_rows.py            # tied and untied, TP 1, TP 2 + SP, PP 2, CP 2
 pytest tests/layers/test_token_rows.py -m ""      # and TP 2, DP 2, interleaved PP
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import adapted
+import context_parallel
 import pytest
 import reference
+import row_runs
 import torch
 from harness import Layout, WorkerError
-from megatron.core.distributed import finalize_model_grads
-from megatron.core.utils import get_model_config
+from row_runs import STEPS, batches, check, of_peft
 from safetensors.torch import load_file
 
 from slime_plugins.lora import (
@@ -20,19 +23,17 @@ from slime_plugins.lora import (
     adapters_disabled,
     export_peft,
     import_peft,
-    load_adapter,
     merged,
     save_adapter,
     summing_stages,
 )
-from slime_plugins.lora.adapters import base_parameters, iter_token_rows
+from slime_plugins.lora.adapters import iter_token_rows
 from slime_plugins.lora.cli import main
 from slime_plugins.lora.peft.verify import verify_adapter
 from slime_plugins.lora.rehearsal.tiny import make_tiny
 
 IDS = (5, 17, 63, 64, 70, 126)
 """On both ranks of TP 2; some in every batch."""
-STEPS, LR, CLIP = 5, 1e-3, 0.05
 LORA = LoRAConfig(rank=4, alpha=8, layout="split", trainable_token_indices=IDS)
 ALONE = LoRAConfig(target_modules=(), trainable_token_indices=IDS)
 
@@ -43,14 +44,6 @@ def bases(tmp_path_factory):
     return {
         tied: make_tiny(tmp_path_factory.mktemp("rows"), "qwen3", num_layers=4, tied=tied) for tied in (True, False)
     }
-
-
-def batches():
-    tokens = [reference.batch(128) for _ in range(STEPS)]
-    for step, batch in enumerate(tokens):
-        batch += step
-        batch %= 128
-    return tokens
 
 
 def peft_with_rows(base, tied, alone):
@@ -65,72 +58,13 @@ def peft_with_rows(base, tied, alone):
     return get_peft_model(model, TrainableTokensConfig(token_indices=list(IDS), target_modules=targets))
 
 
-def of_peft(base, tied, alone):
-    """Gradients of the first step, rows after all of them, gradient norms: name -> tensor; list."""
-    model = peft_with_rows(base, tied, alone)
-    rows = {
-        name.replace("trainable_tokens_delta.default", "").rpartition("model.")[2]: p
-        for name, p in model.named_parameters()
-        if "trainable_tokens_delta" in name
-    }
-    rows = {("output_layer" if "lm_head" in name else "embedding.word_embeddings"): p for name, p in rows.items()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=LR)
-    grads, norms = {}, []
-    for tokens in batches():
-        optimizer.zero_grad()
-        logits = model(tokens[:, :-1]).logits
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        grads = grads or {name: p.grad.clone() for name, p in rows.items()}
-        norms.append(torch.nn.utils.clip_grad_norm_(trained, CLIP).item())
-        optimizer.step()
-    return grads, {name: p.detach().clone() for name, p in rows.items()}, norms
-
-
-def train_rows(layout: Layout, base, config, finalize=summing_stages, first=0, last=STEPS, load=None, save=None):
-    """The same of Megatron; rows as W + D, from every rank that has them."""
-    chunks = adapted.adapted_chunks(base, config, sp=layout.sp, vpp=layout.vpp)
+def train_rows(layout: Layout, base, config, *args, **kwargs):
+    """``row_runs.train`` of this base."""
+    spec = context_parallel.spec if layout.cp > 1 else None
+    chunks = adapted.adapted_chunks(base, config, sp=layout.sp, vpp=layout.vpp, layer_spec=spec)
     if config.target_modules:
         adapted.set_adapters(chunks, "split", 4)
-    before = [parameter.clone() for _, parameter in base_parameters(chunks)]
-    model = adapted.wrap(chunks)
-    for chunk in model:
-        get_model_config(chunk).finalize_model_grads_func = finalize(finalize_model_grads)
-    optimizer = adapted.optimizer_for(model, lr=LR, clip_grad=CLIP)
-    optimizer.reload_model_params()
-    if load is not None:
-        load_adapter(model, load, optimizer=optimizer)
-    carriers = [carrier for carrier in iter_token_rows(model) if carrier.lora_table]
-    grads, norms = [], []
-    for tokens in batches()[first:last]:
-        for chunk in model:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        adapted.run_schedule(model, tokens, microbatches=2)
-        grads = grads or [(c.lora_name, c.lora_rows.main_grad.clone()) for c in carriers]
-        norms.append(optimizer.step()[1])
-    if save is not None:
-        save_adapter(model, save, optimizer=optimizer, step=last)
-    rows = []
-    for carrier in carriers:
-        weight = carrier.lora_merged()[carrier.lora_columns]
-        rows.append((carrier.lora_name, carrier.lora_here, weight))
-    frozen = all(torch.equal(a, b) for a, (_, b) in zip(before, base_parameters(model)))
-    return grads, rows, norms, frozen
-
-
-def check(results, expected, *, whole_gradients=True):
-    grads, rows, norms = expected
-    seen = set()
-    for found_grads, found_rows, found_norms, frozen in results:
-        assert frozen
-        assert found_norms == pytest.approx(norms, rel=1e-6)
-        for name, grad in found_grads if whole_gradients else ():
-            assert adapted.relative(grad - grads[name], grads[name]) <= 1e-5, name
-        for name, here, values in found_rows:
-            seen.add(name)
-            assert adapted.relative(values - rows[name][here], rows[name]) <= 1e-5, name
-    assert seen == grads.keys()
+    return row_runs.train(chunks, batches(128), *args, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +73,7 @@ def expected(bases):
 
     def find(tied, alone):
         if (tied, alone) not in known:
-            known[tied, alone] = of_peft(bases[tied], tied, alone)
+            known[tied, alone] = of_peft(peft_with_rows(bases[tied], tied, alone), batches(128))
         return known[tied, alone]
 
     return find
@@ -155,7 +89,6 @@ SIZES = [
     pytest.param({"tp": 2, "sp": True}, id="tp2-sp"),
     pytest.param({"pp": 2}, id="pp2"),
     pytest.param({"tp": 2}, id="tp2", marks=pytest.mark.slow),
-    pytest.param({}, id="dp2", marks=pytest.mark.slow),
     pytest.param({"pp": 2, "vpp": 2}, id="pp2-vpp2", marks=pytest.mark.slow),
 ]
 
@@ -163,8 +96,20 @@ SIZES = [
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_two_processes(pool2, bases, expected, sizes, tied):
-    # Of data-parallel ranks the distributed optimizer leaves each a part of the gradient.
-    check(pool2.run(train_rows, bases[tied], LORA, **sizes), expected(tied, False), whole_gradients=bool(sizes))
+    check(pool2.run(train_rows, bases[tied], LORA, **sizes), expected(tied, False))
+
+
+REPLICAS = [pytest.param({"cp": 2}, id="cp2"), pytest.param({}, id="dp2", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("sizes", REPLICAS)
+def test_ranks_with_a_part_of_the_tokens(pool2, bases, expected, sizes, tied):
+    """The distributed optimizer leaves each rank a part of the summed gradient, Megatron's plain one all of it."""
+    for distributed in (False, True):
+        train = partial(train_rows, distributed_optimizer=distributed)
+        results = pool2.run(train, bases[tied], LORA, **sizes)
+        check(results, expected(tied, False), whole_gradients=not distributed)
 
 
 def test_tied_rows_of_two_stages_need_their_sum(pool2, bases):

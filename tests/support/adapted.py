@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import context_parallel
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -131,26 +132,27 @@ def randomize(chunks, scale=0.05) -> None:
 
 
 def run_schedule(model, tokens: torch.Tensor, *, microbatches=1, forward_only=False, collect_logits=False):
-    """One pass of Megatron's schedule over this data-parallel rank's share of the samples.
+    """One pass of Megatron's schedule over this data-parallel rank's share of the samples, and of their tokens.
 
     Returns the mean loss over the whole batch (on the last stage, else None) and, if asked, logits [N, S, V].
     """
     dp, dp_rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
     mine = tokens.chunk(dp)[dp_rank].chunk(microbatches)
     iterators = [iter(mine) for _ in model]
-    positions = torch.arange(tokens.shape[1] - 1)[None]
+    positions = context_parallel.positions(tokens.shape[1] - 1)[None]
 
     def loss_of(output):
         if collect_logits:
             return output.float().mean(), {"output": output.detach()}
         loss = output.float().mean()
-        return loss, {"loss": loss.detach()}
+        # The schedule multiplies by the context-parallel size what is a part of a sum there; this is a mean.
+        return loss / mpu.get_context_parallel_world_size(), {"loss": loss.detach()}
 
     def forward_step(iterator, chunk):
         sample = next(iterator)
-        labels = None if collect_logits else sample[:, 1:].contiguous()
+        labels = None if collect_logits else sample[:, positions[0] + 1]
         mask = torch.ones(1, 1, positions.shape[1], positions.shape[1], dtype=torch.bool).triu(1)
-        return chunk(sample[:, :-1].contiguous(), positions.expand(len(sample), -1), mask, labels=labels), loss_of
+        return chunk(sample[:, positions[0]], positions.expand(len(sample), -1), mask, labels=labels), loss_of
 
     losses = get_forward_backward_func()(
         forward_step_func=forward_step,

@@ -26,6 +26,8 @@ TRANSFORMER_ENGINE = ("2.16.1", "2.20.2")
 """What slime's Dockerfile pins, and the newest that has been read."""
 TRL = ("0.24.0", "1.16.0")
 """The last that has GKDTrainer outside ``experimental``, and the newest that has been read."""
+VLLM = "0.33.0"
+"""The newest that has been read. Its wheel is large: ``make contracts FETCH_ARGS=--vllm``."""
 
 
 def cache() -> Path:
@@ -44,6 +46,13 @@ def unpacked(name: str, version: str) -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return root
+
+
+def vllm() -> Path:
+    """vLLM's directory. Skips the test where there is none, under ``make contracts`` too."""
+    if not (cache() / f"vllm-{VLLM}").is_dir():
+        pytest.skip(f"needs vllm {VLLM} in {cache()}: make contracts FETCH_ARGS=--vllm")
+    return unpacked("vllm", VLLM)
 
 
 class Absent:
