@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq $(CONSTRAINT
 REHEARSE_ARGS ?=
 PYTEST_ARGS ?=
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
-GPU_TESTS := tests/layers/test_gpu.py tests/layers/test_te.py tests/cost/test_gpu.py
+GPU_TESTS := tests/layers/test_bf16.py tests/layers/test_te.py tests/cost/test_gpu.py
 GPU_ARGS ?=
 
 .DEFAULT_GOAL := help
