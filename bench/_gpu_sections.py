@@ -229,7 +229,8 @@ def model(run: Run, budget: Budget) -> None:
                 rows[name]["over_frozen"] = over(times, name, floor)
                 rows[name]["full_over"] = over(times, "full", name)
                 if tokens == run.sizes.tokens[0] and budget.allows(f"kernels of {name}, {case}"):
-                    rows[name]["kernels"] = sum(n for n, _ in run.clock.kernels(trainers[name].step).values())
+                    with budget.attempt(f"kernels of {name}, {case}"):
+                        rows[name]["kernels"] = sum(n for n, _ in run.clock.kernels(trainers[name].step).values())
             run.report.row("model", tokens=tokens, recompute=recompute, forms={name: rows[name] for name in fitting})
 
 
