@@ -10,9 +10,12 @@ CONSTRAINTS := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' || echo '-c co
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq $(CONSTRAINTS)
 REHEARSE_ARGS ?=
 PYTEST_ARGS ?=
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_TESTS := tests/layers/test_bf16.py tests/layers/test_te.py tests/cost/test_gpu.py
+GPU_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help rehearse test test-all contracts lint docs bench clean
+.PHONY: help rehearse test test-all contracts lint docs bench gpu clean
 
 help:
 	@echo "make rehearse   LoRA RL on a small tensor-parallel model; ends in a PEFT adapter under runs/rehearsal"
@@ -24,6 +27,8 @@ help:
 	@echo "make lint       ruff, mypy, import-linter, shellcheck"
 	@echo "make docs       the pages and an API page as a site, build/site; a warning is an error"
 	@echo "make bench      step time, communicated bytes, checkpoint size; JSON in bench/out"
+	@echo "make gpu        on a machine with a CUDA device, in ten minutes: the tests that need one, then time, memory and"
+	@echo "                kernels of LoRA, frozen, full and PEFT; bench/out/gpu.json and gpu.txt. Installs nothing"
 	@echo "make clean      remove .venv, caches and bench/out (runs/ stays)"
 
 $(READY): pyproject.toml constraints-cpu.txt setup.py
@@ -71,7 +76,14 @@ docs: $(READY_DOCS)
 	@echo build/site/index.html
 
 bench: $(READY)
-	@for script in bench/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $(filter-out bench/gpu.py,$(wildcard bench/[a-z]*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+# With whatever torch is there: no set-up, which would need a network. Both are run, whatever becomes of the first.
+gpu:
+	@status=0; \
+	$(GPU_PYTHON) -m pytest -m gpu $(GPU_TESTS) $(PYTEST_ARGS) || status=$$?; \
+	$(GPU_PYTHON) bench/gpu.py $(GPU_ARGS) || status=$$?; \
+	exit $$status
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache bench/out

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _table import table as table  # for the scripts, which have it from here
 
 VARIANTS = ("full", "frozen", "lora")
 WORKER_ENVIRONMENT = {
@@ -148,12 +149,13 @@ def run_ranks(function: Callable[..., Any], setting: Setting, *args: Any) -> lis
 
 def _rank_main(function, setting: Setting, args: tuple, rank: int, store: str, results) -> None:
     warnings.simplefilter("ignore")  # Megatron's, about optional packages
-    _init_rank(setting, rank, store)
+    init_rank(setting, rank, store)
     results.put((rank, function(setting, *args)))
     torch.distributed.destroy_process_group()
 
 
-def _init_rank(setting: Setting, rank: int, store: str) -> None:
+def init_rank(setting: Setting, rank: int, store: str) -> None:
+    """Megatron's process groups in this process. ``store``: a file that does not exist yet."""
     from slime_plugins.lora.rehearsal import cpu
 
     on_cpu = cpu.enable()
@@ -185,7 +187,7 @@ def trainer_of(
     if variant == "frozen":
         freeze(model)
     elif variant == "lora":
-        add_lora(model, linears, rank=rank, layout=layout)
+        add_lora(model, linears=linears, rank=rank, layout=layout)
     if embedding_gradient or variant != "lora":
         model.embedding.register_forward_hook(require_grad)
     return Trainer(model, shapes.vocab_size, shapes.tokens)
@@ -206,6 +208,10 @@ class Trainer:
             optimizer="adam", lr=1e-5, weight_decay=0.0, clip_grad=1.0, use_distributed_optimizer=True, bf16=bf16
         )
         self.optimizer = get_megatron_optimizer(optimizer_config, [self.model])
+        self.draw_batch(vocab_size, tokens)
+
+    def draw_batch(self, vocab_size: int, tokens: int) -> None:
+        """One sequence of so many tokens, for the steps from now on."""
         generator = torch.Generator().manual_seed(0)
         device = torch.cuda.current_device()
         batch = torch.randint(0, vocab_size, (1, tokens + 1), generator=generator).to(device)
@@ -218,20 +224,28 @@ class Trainer:
 
     def step(self) -> None:
         """Forward, backward, gradient reductions, clipping, Adam."""
-        from megatron.core.distributed import finalize_model_grads
+        self.forward_backward()
+        self.update()
 
+    def forward_backward(self) -> None:
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.forward().backward()
+
+    def update(self) -> None:
+        from megatron.core.distributed import finalize_model_grads
+
         finalize_model_grads([self.model])
         self.optimizer.step()
 
 
-def build_model(shapes: Shapes, setting: Setting, layer: Any = None, **of_config: Any) -> torch.nn.Module:
+def build_model(
+    shapes: Shapes, setting: Setting, layer: Callable[[Any, Any], Any] | None = None, **of_config: Any
+) -> torch.nn.Module:
     """A GPTModel of these shapes, the same random weights at every call.
 
     Args:
-        layer: spec of a decoder layer in place of the dense one.
+        layer: makes the spec of a decoder layer, in place of the dense one, out of HFBase and TransformerConfig.
         of_config: more fields of the TransformerConfig.
     """
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -261,7 +275,7 @@ def build_model(shapes: Shapes, setting: Setting, layer: Any = None, **of_config
         base, dtype=dtype, sequence_parallel=setting.sequence_parallel, vpp=None, recompute=None
     )
     config = dataclasses.replace(config, **of_config)
-    layers = [layer or local_layer_spec(base, config)] * shapes.num_layers
+    layers = [(layer or local_layer_spec)(base, config)] * shapes.num_layers
     model = GPTModel(
         config,
         TransformerBlockSubmodules(layers, layer_norm=RMSNorm),
@@ -271,12 +285,13 @@ def build_model(shapes: Shapes, setting: Setting, layer: Any = None, **of_config
         position_embedding_type="rope",
         rotary_base=base.rope_theta,
     )
+    model.to(torch.cuda.current_device())
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.02)
-    return model.to(torch.cuda.current_device())
+    return model
 
 
 def freeze(model: torch.nn.Module) -> None:
@@ -285,8 +300,8 @@ def freeze(model: torch.nn.Module) -> None:
     model.decoder.final_layernorm.weight.requires_grad_(True)
 
 
-def add_lora(model: torch.nn.Module, linears: str = "auto", **config: Any) -> None:
-    """Adapters of some training's values: with B at zero the backward would multiply zeros."""
+def add_lora(model: torch.nn.Module, *, linears: str = "auto", **config: Any) -> None:
+    """Adapters of some training's values: with B at zero the backward would multiply zeros. ``linears``: a path."""
     from slime_plugins.lora import LoRAConfig, apply_lora
     from slime_plugins.lora.adapters import iter_adapters
 
@@ -316,7 +331,7 @@ def saved_activation_bytes(trainer: Trainer) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        trainer.forward().backward()
+        trainer.forward()  # and no backward: what is recomputed there is not kept
     return sum(storages.values())
 
 
@@ -372,12 +387,3 @@ def write_json(name: str, content: dict[str, Any], path: Path | None = None) -> 
     header = {"command": " ".join(sys.argv), "commit": commit(), "machine": machine()}
     path.write_text(json.dumps({**header, **content}, indent=1) + "\n")
     return path
-
-
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Right-aligned columns, the first one left-aligned."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = []
-    for row in (header, *rows):
-        lines.append("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))))
-    return "\n".join(lines)

@@ -119,7 +119,7 @@ def model_of(setting: Setting, args: argparse.Namespace) -> torch.nn.Module:
     return build_model(
         dataclasses.replace(shapes, vocab_size=VOCAB),
         setting,
-        ModuleSpec(module=TransformerLayer, submodules=parts),
+        lambda base, config: ModuleSpec(module=TransformerLayer, submodules=parts),
         num_moe_experts=args.experts,
         moe_router_topk=args.topk,
         moe_ffn_hidden_size=args.expert_ffn,

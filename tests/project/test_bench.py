@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
@@ -39,6 +40,60 @@ def test_traffic_stays_within_the_design(tmp_path):
     peft = next(r for r in report["results"] if r["implementation"] == "peft")
     passes = {side: peft["forward"][side] + peft["backward"][side] for side in ("NI", "NO")}
     assert passes == {"NI": 6, "NO": 10}  # read out of PEFT's source by hand
+
+
+def test_gpu_script_runs_without_a_gpu(tmp_path):
+    """Every section and form of it, at sizes that take no time."""
+    report, text = bench("gpu.py", tmp_path / "gpu.json", "--device", "cpu", "--small")
+    assert {name: section["status"] for name, section in report["sections"].items()} == dict.fromkeys(
+        ("linears", "model", "experts", "profile"), "done"
+    )
+    assert [section["not_measured"] for section in report["sections"].values()] == [[]] * 4
+    rows = {name: section["rows"] for name, section in report["sections"].items()}
+    assert len(rows["linears"]) == 2 * 4 and len(rows["experts"]) == 2 * 2
+    plain = {"frozen", "lora", "lora taps", "peft"}
+    te = {"te frozen", "te lora", "te lora taps"}
+    for row in rows["linears"]:
+        assert row["forms"].keys() == (plain | te if row["linear"] in ("linear_qkv", "linear_fc1") else plain)
+    none, full = rows["model"]
+    assert (none["recompute"], full["recompute"]) == ("none", "full")
+    for row in rows["model"]:
+        assert row["forms"].keys() == plain | te | {"full", "lora split"}
+    for name, form in none["forms"].items():
+        assert full["forms"][name]["saved_bytes"] < form["saved_bytes"]
+    saved = {name: form["saved_bytes"] for name, form in none["forms"].items()}
+    assert saved["frozen"] < saved["lora"] <= saved["lora taps"] <= saved["peft"]
+    assert saved["te frozen"] < saved["te lora"] < saved["te lora taps"]
+    assert all(row["forms"] for row in rows["profile"]) and "aten::mm" in text
+    assert (tmp_path / "gpu.txt").read_text() in text
+
+
+def test_gpu_script_says_what_failed_and_goes_on(tmp_path, monkeypatch):
+    """A section whose process died, and a case that raises; without a device nothing is begun."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    import gpu
+    from _gpu_clock import Budget
+
+    out = tmp_path / "gpu.json"
+    out.write_text(json.dumps({"sections": {"linears": {"status": "begun", "rows": [], "not_measured": []}}}))
+    assert gpu.note_what_ended(out, ["linears", "model"], -6) == ["model"]
+    assert gpu.note_what_ended(out, ["model"], 1) == []
+    sections = json.loads(out.read_text())["sections"]
+    assert "code -6" in sections["linears"]["status"] and "code 1" in sections["model"]["status"]
+
+    budget = Budget(60.0)
+    with budget.attempt("one"):
+        raise ValueError("of no use\nat all")
+    with budget.attempt("two"):
+        raise torch.OutOfMemoryError("too large")
+    assert budget.failed == ["one: ValueError: of no use"]  # too little memory is a finding, not a failure
+    assert budget.not_measured == [*budget.failed, "two: OutOfMemoryError: too large"]
+    assert budget.allows("three") and not Budget(0.0).allows("three")
+
+    if not torch.cuda.is_available():
+        command = [sys.executable, BENCH / "gpu.py", "--json", out]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 2 and done.stderr.startswith("error: torch finds no CUDA device")
 
 
 @pytest.mark.slow

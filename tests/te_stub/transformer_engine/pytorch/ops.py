@@ -7,3 +7,7 @@ class Sequential:
 
 class FusibleOperation:
     pass
+
+
+class LayerNormMLP:
+    """PEFT asks whether a linear is one of these; none is."""
