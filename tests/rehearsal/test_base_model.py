@@ -12,7 +12,10 @@ import pytest
 import torch
 from harness import Layout, WorkerError
 
-from slime_plugins.lora.rehearsal.tiny import FAMILIES, make_tiny
+from slime_plugins.lora.rehearsal.tiny import FAMILIES, WITH_EXPERTS, WITH_LINEAR, make_tiny
+
+MORE = tuple(dict.fromkeys((*WITH_EXPERTS, *WITH_LINEAR)))
+"""Families with routed experts, linear attention, or both."""
 
 VOCAB = 131  # odd: the embedding has to be padded at TP 2
 TOKENS = torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -77,6 +80,8 @@ def checkpoints(tmp_path_factory):
         family: make_tiny(root / family, family, **(sizes if family != "qwen2" else sizes | {"hidden": 48}))
         for family in FAMILIES
     }
+    # transformers' grouped products want an expert's channels in multiples of 16 bytes.
+    made |= {family: make_tiny(root / family, family, **(sizes | {"ffn": 64})) for family in MORE}
     made["qwen3-untied-sharded"] = make_tiny(root / "s", "qwen3", **sizes, tied=False, max_shard_size="40KB")
     return made
 
@@ -96,6 +101,20 @@ def test_tp2(pool2, checkpoints, family, sp):
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_pp2(pool2, checkpoints, family, vpp):
     assert_same_logits(pool2, checkpoints[family], pp=2, vpp=vpp)
+
+
+@pytest.mark.parametrize("family", MORE)
+def test_experts_and_linear_attention(pool2, checkpoints, family):
+    """Whole on every rank; cut with sequence parallelism; over stages of two chunks, where layers differ."""
+    assert_same_logits(pool2, checkpoints[family])
+    assert_same_logits(pool2, checkpoints[family], tp=2, sp=True)
+    assert_same_logits(pool2, checkpoints[family], pp=2, vpp=2)
+
+
+@pytest.mark.parametrize("family", WITH_EXPERTS)
+def test_experts_on_two_ranks(pool2, checkpoints, family):
+    assert_same_logits(pool2, checkpoints[family], ep=2, etp=1)
+    assert_same_logits(pool2, checkpoints[family], tp=2, sp=True, ep=2, etp=1)
 
 
 def test_sharded_files_and_own_head(pool2, checkpoints):

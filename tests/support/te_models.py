@@ -25,7 +25,7 @@ HIDDEN, HEADS, GROUPS, HEAD_DIM = 24, 4, 2, 10
 
 def te_layer_spec(base, config):
     """Megatron's TE layer with its own attention product, which needs no GPU."""
-    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=base.qk_norm)
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=base.family.qk_norm)
     layer.submodules.self_attention.submodules.core_attention = DotProductAttention
     return layer
 

@@ -1,4 +1,6 @@
-"""A dense decoder as Hugging Face stores it: its sizes, and the tensors it must have. No Megatron.
+"""A decoder as Hugging Face stores it, in full: its sizes, and the tensors it must have. No Megatron.
+
+What the rehearsal builds. Names are canonical (see ``names``), the experts of a layer stacked (see ``base.experts``).
 
 Everything that can be wrong with a directory is found from the config and the file headers, without torch, before any
 process starts.
@@ -7,35 +9,78 @@ process starts.
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+from slime_plugins.lora.base.experts import RoutedExperts, mlp_shapes
+from slime_plugins.lora.base.linear_attention import LinearAttention
+from slime_plugins.lora.base.sizes import MOST_LAYERS, Sizes, refuse_quantised
 from slime_plugins.lora.errors import UsageError
+from slime_plugins.lora.names import in_experts, megatron_name, of_expert
 
-# architecture -> (bias on q, k, v; RMSNorm on each q and k head)
-ARCHITECTURES = {
-    "LlamaForCausalLM": (False, False),
-    "Qwen2ForCausalLM": (True, False),
-    "Qwen3ForCausalLM": (False, True),
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What an architecture has that its config does not say."""
+
+    qkv_bias: bool = False
+    """Bias on q, k and v."""
+    qk_norm: bool = False
+    """RMSNorm on each q and k head."""
+    experts: Callable[[Sizes], RoutedExperts] | None = None
+    linear: Callable[[Sizes, int], LinearAttention] | None = None
+    """Linear attention in most layers; then the others have gates on their attention, and norms around 0."""
+    module: str = "transformers"
+    """Where transformers has it, in versions of 5 that have it."""
+
+
+def _next_experts(read: Sizes) -> RoutedExperts:
+    asked = read.config.get("norm_topk_prob") is not None
+    return RoutedExperts.of_qwen(read, shared=True, renormalised=None if asked else True)
+
+
+_DENSE = {
+    "LlamaForCausalLM": Family(),
+    "Qwen2ForCausalLM": Family(qkv_bias=True),
+    "Qwen3ForCausalLM": Family(qk_norm=True),
 }
-_LARGEST = 2**31 - 1
-"""Of any size in a config."""
-MOST_LAYERS = 10_000
-"""Every layer has its names written out."""
+DENSE = tuple(_DENSE)
+"""Those of attention and MLPs alone."""
+ARCHITECTURES = _DENSE | {
+    "Qwen3MoeForCausalLM": Family(qk_norm=True, experts=partial(RoutedExperts.of_qwen, shared=False)),
+    "Qwen3NextForCausalLM": Family(
+        qk_norm=True,
+        experts=_next_experts,
+        linear=partial(LinearAttention.read, fused=True),
+        module="transformers.models.qwen3_next",
+    ),
+    "Qwen3_5ForCausalLM": Family(
+        qk_norm=True, linear=partial(LinearAttention.read, fused=False), module="transformers.models.qwen3_5"
+    ),
+    "Qwen3_5MoeForCausalLM": Family(
+        qk_norm=True,
+        experts=partial(RoutedExperts.of_qwen, shared=True, renormalised=True),
+        linear=partial(LinearAttention.read, fused=False),
+        module="transformers.models.qwen3_5_moe",
+    ),
+}
+_SEES_IMAGES = {"Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class HFBase:
-    """A dense decoder of a supported family, as its ``config.json`` describes it."""
+    """A decoder of a supported family, as its ``config.json`` describes it."""
 
     path: Path
     architecture: str
     num_layers: int
     hidden: int
     ffn: int
+    """Channels of an MLP without experts."""
     num_heads: int
     num_query_groups: int
     """Key/value heads."""
@@ -50,14 +95,26 @@ class HFBase:
     max_positions: int
     coded: bool = False
     """Its files hold matrices in bitsandbytes' NF4 codes."""
+    experts: RoutedExperts | None = None
+    linear: LinearAttention | None = None
+    rotary_share: float = 1.0
+    """Of a head's features, those that rotary embeddings turn."""
 
     @property
-    def qkv_bias(self) -> bool:
-        return ARCHITECTURES[self.architecture][0]
+    def family(self) -> Family:
+        """What its architecture has."""
+        return ARCHITECTURES[self.architecture]
 
     @property
-    def qk_norm(self) -> bool:
-        return ARCHITECTURES[self.architecture][1]
+    def gated(self) -> bool:
+        """Do q_proj's rows hold, after each head's query, its output gate; and are norms 1 + weight?"""
+        return self.linear is not None
+
+    def has_experts(self, layer: int) -> bool:
+        return self.experts is not None and self.experts.is_sparse(layer)
+
+    def has_linear_attention(self, layer: int) -> bool:
+        return self.linear is not None and layer in self.linear.layers
 
     @classmethod
     def read(cls, path: str | Path) -> HFBase:
@@ -71,7 +128,7 @@ class HFBase:
         checkpoint = BaseCheckpoint(path)
         base = cls._from_config(checkpoint.config, Path(path))
         base = dataclasses.replace(base, coded=bool(checkpoint.coded))
-        base._check_tensors({name: weight.shape for name, weight in checkpoint.weights.items()})
+        base._check_tensors(_stored_shapes(checkpoint))
         return base
 
     @classmethod
@@ -82,18 +139,25 @@ class HFBase:
         named = config.get("architectures")
         architecture = named[0] if isinstance(named, list) and named else None
         if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+            if architecture in _SEES_IMAGES:
+                raise ValueError(
+                    f"{config_file}: {architecture} sees images, and text bases alone are supported; write its "
+                    "language model with transformers, AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
+                )
             known = ", ".join(ARCHITECTURES)
             raise ValueError(f"{config_file}: architecture {architecture!s:.80} is not supported, only {known}")
         _refuse_unsupported(config, config_file, architecture)
         theta, llama3_rope = _rope(config, config_file)
         read = Sizes(config, config_file)
         hidden, num_heads = read.size("hidden_size"), read.size("num_attention_heads")
+        family, num_layers = ARCHITECTURES[architecture], read.size("num_hidden_layers", most=MOST_LAYERS)
+        experts = None if family.experts is None else family.experts(read)
         return cls(
             path=path,
             architecture=architecture,
-            num_layers=read.size("num_hidden_layers", most=MOST_LAYERS),
+            num_layers=num_layers,
             hidden=hidden,
-            ffn=read.size("intermediate_size"),
+            ffn=read.size("intermediate_size", None if experts is None else experts.ffn),
             num_heads=num_heads,
             num_query_groups=read.size("num_key_value_heads", num_heads),
             head_dim=read.size("head_dim", max(hidden // num_heads, 1)),
@@ -103,12 +167,16 @@ class HFBase:
             llama3_rope=llama3_rope,
             tied=read.flag("tie_word_embeddings"),
             max_positions=read.size("max_position_embeddings", 4096),
+            experts=experts,
+            linear=None if family.linear is None else family.linear(read, num_layers),
+            rotary_share=_rotary_share(config, config_file) if family.linear is not None else 1.0,
         )
 
     def _check_tensors(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        expected = self.shapes()
-        # A tied head may be stored all the same, and old checkpoints carry rotary buffers: transformers drops both.
-        found = {name for name in shapes if not name.endswith("rotary_emb.inv_freq")}
+        expected = self._one_by_one()
+        # A tied head may be stored all the same, and old checkpoints carry rotary buffers: transformers drops both,
+        # and multi-token prediction.
+        found = {name for name in shapes if not name.endswith("rotary_emb.inv_freq") and not name.startswith("mtp.")}
         found -= {"lm_head.weight"} if self.tied else set()
         if found != expected.keys():
             raise ValueError(
@@ -119,45 +187,59 @@ class HFBase:
             if shapes[name] != shape:
                 raise ValueError(f"{self.path}: {name} has shape {list(shapes[name])}, config.json says {list(shape)}")
 
+    def _one_by_one(self) -> dict[str, tuple[int, ...]]:
+        """``shapes`` with the experts taken apart, as most checkpoints hold them."""
+        found: dict[str, tuple[int, ...]] = {}
+        for name, shape in self.shapes().items():
+            if not in_experts(name):
+                found[name] = shape
+                continue
+            module = name.removesuffix(".weight")
+            found |= {f"{of_expert(module, number)}.weight": shape[1:] for number in range(shape[0])}
+        return found
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every tensor that the checkpoint must hold."""
-        q_rows, kv_rows = self.num_heads * self.head_dim, self.num_query_groups * self.head_dim
-        shapes = {"model.embed_tokens.weight": (self.vocab_size, self.hidden), "model.norm.weight": (self.hidden,)}
+        """Name -> shape of every tensor of the base, the experts of a layer stacked: [experts, out, in]."""
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden)}
+        shapes["model.norm.weight"] = (self.hidden,)
         if not self.tied:
             shapes["lm_head.weight"] = (self.vocab_size, self.hidden)
-        layer = {
-            "input_layernorm.weight": (self.hidden,),
-            "post_attention_layernorm.weight": (self.hidden,),
-            "self_attn.q_proj.weight": (q_rows, self.hidden),
-            "self_attn.k_proj.weight": (kv_rows, self.hidden),
-            "self_attn.v_proj.weight": (kv_rows, self.hidden),
-            "self_attn.o_proj.weight": (self.hidden, q_rows),
-            "mlp.gate_proj.weight": (self.ffn, self.hidden),
-            "mlp.up_proj.weight": (self.ffn, self.hidden),
-            "mlp.down_proj.weight": (self.hidden, self.ffn),
-        }
-        if self.qkv_bias:
-            layer |= {f"self_attn.{p}_proj.bias": (q_rows if p == "q" else kv_rows,) for p in "qkv"}
-        if self.qk_norm:
-            layer |= {f"self_attn.{p}_norm.weight": (self.head_dim,) for p in "qk"}
         for number in range(self.num_layers):
-            shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
+            shapes |= {f"model.layers.{number}.{name}": shape for name, shape in self._layer_shapes(number).items()}
+        return shapes
+
+    def _layer_shapes(self, number: int) -> Mapping[str, tuple[int, ...]]:
+        norms = {f"{name}.weight": (self.hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+        attention = self.linear.shapes if self.linear and self.has_linear_attention(number) else self._attention()
+        mlp = self.experts.shapes if self.experts and self.has_experts(number) else None
+        return {**norms, **attention, **(mlp or mlp_shapes("mlp", self.hidden, self.ffn))}
+
+    def _attention(self) -> dict[str, tuple[int, ...]]:
+        heads, kv_rows = self.num_heads * self.head_dim, self.num_query_groups * self.head_dim
+        rows = {"q": heads * (2 if self.gated else 1), "k": kv_rows, "v": kv_rows}
+        shapes: dict[str, tuple[int, ...]] = {f"self_attn.{p}_proj.weight": (n, self.hidden) for p, n in rows.items()}
+        shapes["self_attn.o_proj.weight"] = (self.hidden, heads)
+        if self.family.qkv_bias:
+            shapes |= {f"self_attn.{p}_proj.bias": (n,) for p, n in rows.items()}
+        if self.family.qk_norm:
+            shapes |= {f"self_attn.{p}_norm.weight": (self.head_dim,) for p in "qk"}
         return shapes
 
     def linears(self) -> list[str]:
-        """Names of the linears inside layers, without ``.weight``."""
-        return [
-            name.removesuffix(".weight")
-            for name, shape in self.shapes().items()
-            if len(shape) == 2 and name.startswith("model.layers.")
-        ]
+        """Names of the linears inside layers that an adapter can be of, without ``.weight``; experts stacked."""
+        modules = (name.removesuffix(".weight") for name, shape in self.shapes().items() if len(shape) > 1)
+        return [module for module in modules if _is_linear(module)]
 
-    def check_parallel(self, *, tp: int, pp: int = 1, vpp: int | None = None) -> None:
-        """Raise UsageError for a model that does not split this way."""
+    def check_parallel(
+        self, *, tp: int, pp: int = 1, vpp: int | None = None, ep: int = 1, etp: int | None = None, sp: bool = False
+    ) -> None:
+        """Raise UsageError for a model that does not split this way. ``etp`` None: as ``tp``."""
+        dense = any(not self.has_experts(number) for number in range(self.num_layers))
         for count, what in (
             (self.num_heads, "attention heads"),
             (self.num_query_groups, "key/value heads"),
-            (self.ffn, "feed-forward channels"),
+            (self.ffn if dense else 0, "feed-forward channels"),
+            (self.experts.shared_ffn if self.experts else 0, "channels of the shared expert"),
         ):
             if count % tp:
                 raise UsageError(f"--tp {tp}: {count} {what} of {self.path} are not divisible by {tp}")
@@ -167,6 +249,45 @@ class HFBase:
                 f"--pp {pp}{f' --vpp {vpp}' if vpp else ''}: {self.num_layers} layers of {self.path} "
                 f"are not divisible by {stages}"
             )
+        self._check_experts_parallel(tp=tp, ep=ep, etp=etp, sp=sp)
+
+    def _check_experts_parallel(self, *, tp: int, ep: int, etp: int | None, sp: bool) -> None:
+        if self.experts is None:
+            if ep > 1 or etp not in (None, tp):
+                flag = f"--ep {ep}" if ep > 1 else f"--etp {etp}"
+                raise UsageError(f"{flag}: {self.path} has no routed experts; drop it")
+            return
+        etp = tp if etp is None else etp
+        for flag, size, count, what in (
+            ("ep", ep, self.experts.count, "experts"),
+            ("etp", etp, self.experts.ffn, "channels of an expert"),
+        ):
+            if count % size:
+                raise UsageError(f"--{flag} {size}: {count} {what} of {self.path} are not divisible by {size}")
+        if tp > 1 and not sp:
+            raise UsageError(
+                f"--tp {tp} without --sp: Megatron trains routed experts, which {self.path} has, over tensor-parallel "
+                "ranks with sequence parallelism alone; add --sp, or use --tp 1"
+            )
+
+
+def _is_linear(module: str) -> bool:
+    try:
+        megatron_name(module)
+    except KeyError:
+        return False
+    return True
+
+
+def _stored_shapes(checkpoint: BaseCheckpoint) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of every weight, experts one by one, whichever way the files hold them."""
+    stacks = {place.tensor for place in checkpoint.stacks.values()}
+    shapes = {
+        checkpoint.canonical(name): tuple(weight.shape)
+        for name, weight in checkpoint.weights.items()
+        if name not in stacks
+    }
+    return shapes | {f"{checkpoint.canonical(name)}.weight": place.shape for name, place in checkpoint.stacks.items()}
 
 
 def _refuse_unsupported(config: dict, config_file: Path, architecture: str) -> None:
@@ -182,24 +303,6 @@ def _refuse_unsupported(config: dict, config_file: Path, architecture: str) -> N
         if config.get(key, supported) != supported:
             raise ValueError(f"{config_file}: {key} = {config[key]!r:.80} is not supported, only {supported!r}")
     refuse_quantised(config.get("quantization_config"), config_file)
-
-
-def refuse_quantised(quantization: Any, config_file: Path) -> None:
-    """Of what a config says that weights are stored as, only bitsandbytes' NF4 is read (``base.coded``)."""
-    if quantization is None:
-        return
-    told = quantization if isinstance(quantization, dict) else {}
-    if told.get("quant_method") != "bitsandbytes" or not told.get("load_in_4bit"):
-        raise ValueError(
-            f"{config_file}: quantization_config = {quantization!r:.80} is not supported; give the dense checkpoint, "
-            "or one in bitsandbytes' nf4"
-        )
-    form = told.get("bnb_4bit_quant_type")
-    if form != "nf4":
-        raise ValueError(
-            f"{config_file}: bnb_4bit_quant_type is {form!r:.80}, and nf4 alone is read (QLoRA's form, and more exact "
-            "at the same size); quantise the dense checkpoint with nf4, or give that"
-        )
 
 
 def _rope(config: dict, config_file: Path) -> tuple[float, dict | None]:
@@ -220,39 +323,10 @@ def _rope(config: dict, config_file: Path) -> tuple[float, dict | None]:
     return theta, {key: scaling[key] for key in keys}
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Reads numbers out of a config that may hold anything. Each raises ValueError naming file, key and value."""
-
-    config: dict[str, Any]
-    file: Path
-
-    def size(self, key: str, default: int | None = None, *, most: int = _LARGEST) -> int:
-        """A whole number of at least 1; null counts as absent."""
-        value = self._value(key, default)
-        if type(value) is not int or not 1 <= value <= most:
-            raise ValueError(f"{self.file}: {key} is {value!r:.80}, expected a whole number from 1 to {most}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A finite number above 0."""
-        value = self._value(key, default)
-        whole = type(value) is int and 0 < value <= _LARGEST
-        if not whole and not (isinstance(value, float) and math.isfinite(value) and value > 0):
-            raise ValueError(f"{self.file}: {key} is {value!r:.80}, expected a number above 0")
-        return value
-
-    def flag(self, key: str) -> bool:
-        value = self._value(key, False)
-        if not isinstance(value, bool):
-            raise ValueError(f"{self.file}: {key} is {value!r:.80}, expected true or false")
-        return value
-
-    def _value(self, key: str, default: Any) -> Any:
-        value = self.config.get(key)
-        if value is None and default is None:
-            raise ValueError(f"{self.file}: key {key!r} is missing")
-        return default if value is None else value
+def _rotary_share(config: dict, config_file: Path) -> float:
+    rope = config.get("rope_parameters") or {}
+    read = Sizes({"partial_rotary_factor": config.get("partial_rotary_factor")} | rope, config_file)
+    return read.number("partial_rotary_factor", 0.25)  # transformers' default of these families
 
 
 def _listed(names, limit: int = 4) -> str:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slime_plugins.lora.base.decoder import MOST_LAYERS, Sizes, refuse_quantised
+from slime_plugins.lora.base.experts import RoutedExperts, expert_shapes, mlp_shapes
+from slime_plugins.lora.base.sizes import MOST_LAYERS, Sizes, refuse_quantised
 from slime_plugins.lora.errors import UsageError
 
 
@@ -110,14 +111,6 @@ def architecture_of(config: Any) -> str | None:
     return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
 
 
-def _mlp(name: str, hidden: int, ffn: int, *stack: int) -> dict[str, tuple[int, ...]]:
-    return {
-        f"{name}.gate_proj.weight": (*stack, ffn, hidden),
-        f"{name}.up_proj.weight": (*stack, ffn, hidden),
-        f"{name}.down_proj.weight": (*stack, hidden, ffn),
-    }
-
-
 def _grouped_attention(read: Sizes, *, bias: bool, qk_norm: bool) -> dict[str, tuple[int, ...]]:
     hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
     dim = read.size("head_dim", max(hidden // heads, 1))
@@ -153,27 +146,14 @@ def _latent_attention(read: Sizes) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _experts(read: Sizes, count: int, shared: int) -> dict[str, tuple[int, ...]]:
-    """Router, routed experts, and shared ones of that width in all (0: none)."""
-    hidden = read.size("hidden_size")
-    shapes: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (count, hidden)}
-    shapes |= _mlp("mlp.experts", hidden, read.size("moe_intermediate_size"), count)
-    return shapes | (_mlp("mlp.shared_experts", hidden, shared) if shared else {})
-
-
-def _qwen(read: Sizes, *, shared: int, bias: bool, qk_norm: bool) -> _Family:
-    named = "num_experts" if "num_experts" in read.config else "num_local_experts"  # as transformers 5 writes it
-    hidden, count = read.size("hidden_size"), read.size(named)
-    dense, step = read.config.get("mlp_only_layers") or [], read.size("decoder_sparse_step", 1)
-    if not isinstance(dense, list):
-        raise ValueError(f"{read.file}: mlp_only_layers is {dense!r:.80}, expected a list of layer numbers")
-    sparse = _experts(read, count, shared) | ({"mlp.shared_expert_gate.weight": (1, hidden)} if shared else {})
+def _qwen(read: Sizes, *, shared: bool, bias: bool, qk_norm: bool) -> _Family:
+    experts = RoutedExperts.of_qwen(read, shared=shared)
     return _Family(
         attention=_grouped_attention(read, bias=bias, qk_norm=qk_norm),
-        dense=_mlp("mlp", hidden, read.size("intermediate_size")),
-        sparse=sparse,
-        is_sparse=lambda number: number not in dense and (number + 1) % step == 0,
-        num_experts=count,
+        dense=mlp_shapes("mlp", read.size("hidden_size"), read.size("intermediate_size")),
+        sparse=dict(experts.shapes),
+        is_sparse=experts.is_sparse,
+        num_experts=experts.count,
     )
 
 
@@ -185,8 +165,8 @@ def _deepseek(read: Sizes, attention: dict[str, tuple[int, ...]], *, mla: bool) 
     shared = read.size("n_shared_experts", 1) * read.size("moe_intermediate_size")
     return _Family(
         attention=attention,
-        dense=_mlp("mlp", hidden, read.size("intermediate_size")),
-        sparse=_experts(read, count, shared),
+        dense=mlp_shapes("mlp", hidden, read.size("intermediate_size")),
+        sparse=expert_shapes(read, count, shared),
         is_sparse=lambda number: number >= first,
         num_experts=count,
         mla=mla,
@@ -199,10 +179,8 @@ def _glm(read: Sizes) -> _Family:
 
 
 ARCHITECTURES: dict[str, Callable[[Sizes], _Family]] = {
-    "Qwen2MoeForCausalLM": lambda read: _qwen(
-        read, shared=read.size("shared_expert_intermediate_size"), bias=True, qk_norm=False
-    ),
-    "Qwen3MoeForCausalLM": lambda read: _qwen(read, shared=0, bias=False, qk_norm=True),
+    "Qwen2MoeForCausalLM": lambda read: _qwen(read, shared=True, bias=True, qk_norm=False),
+    "Qwen3MoeForCausalLM": lambda read: _qwen(read, shared=False, bias=False, qk_norm=True),
     "Glm4MoeForCausalLM": _glm,
     "DeepseekV3ForCausalLM": lambda read: _deepseek(read, _latent_attention(read), mla=True),
 }

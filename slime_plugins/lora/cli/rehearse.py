@@ -76,7 +76,11 @@ def _add_data_arguments(group, defaults: Settings) -> None:
         help="grpo: RL on sampled answers; sft: cross-entropy on given responses; gkd: a teacher's distribution "
         "(default: %(default)s)",
     )
-    add("--hf-checkpoint", metavar="DIR", help="Qwen2/2.5, Qwen3 or Llama 3 directory (default: a built-in one)")
+    add(
+        "--hf-checkpoint",
+        metavar="DIR",
+        help="Llama 3, Qwen2/2.5/3, Qwen3-MoE, Qwen3-Next or Qwen3.5 text directory (default: a built-in one)",
+    )
     add("--prompt-data", metavar="FILE", help="jsonl of prompts and labels, with --hf-checkpoint")
     add("--input-key", default=defaults.input_key, metavar="KEY", help="of the prompt (default: %(default)s)")
     add("--label-key", default=defaults.label_key, metavar="KEY", help="of the answer (default: %(default)s)")
@@ -110,6 +114,14 @@ def _add_parallel_arguments(group, defaults: Settings) -> None:
     add("--pp", type=int, default=defaults.pp, metavar="N", help="pipeline stages (default: %(default)s)")
     add("--vpp", type=int, metavar="N", help="pipeline chunks per stage, with --pp (interleaved schedule)")
     add("--dp", type=int, default=defaults.dp, metavar="N", help="data-parallel ranks (default: %(default)s)")
+    add(
+        "--ep",
+        type=int,
+        default=defaults.ep,
+        metavar="N",
+        help="of these and --tp's, expert-parallel ranks (default: 1)",
+    )
+    add("--etp", type=int, metavar="N", help="expert-tensor-parallel ranks (default: those of --tp)")
     add(
         "--device",
         choices=("auto", "cpu", "cuda"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slime_plugins.lora.base import moe
-from slime_plugins.lora.base.decoder import ARCHITECTURES, HFBase
+from slime_plugins.lora.base.decoder import DENSE, HFBase
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.names import in_experts, megatron_name, record_of
 
@@ -43,6 +43,7 @@ class Split:
             raise UsageError(
                 f"--ep {self.ep} x --etp {self.experts_tp} ranks share the experts of a stage, but --tp {self.tp} x "
                 f"--dp {self.dp} = {self.tp * self.dp} is no multiple of {self.ep * self.experts_tp}; raise --dp"
+                + (" or lower --etp" if self.experts_tp > 1 else "")
             )
 
     @property
@@ -114,8 +115,8 @@ class Model:
         architecture = moe.architecture_of(config)
         if architecture in moe.ARCHITECTURES:
             return cls.of(moe.MoEBase.from_config(config, path))
-        if architecture is not None and architecture not in ARCHITECTURES:
-            known = ", ".join((*ARCHITECTURES, *moe.ARCHITECTURES))
+        if architecture is not None and architecture not in DENSE:
+            known = ", ".join((*DENSE, *moe.ARCHITECTURES))
             raise ValueError(f"{file}: architecture {architecture:.80} is not supported, only {known}")
         return cls.of(HFBase._from_config(config, path))
 

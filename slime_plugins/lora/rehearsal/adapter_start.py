@@ -178,7 +178,7 @@ def check_config(config: LoRAConfig, base: HFBase) -> None:
 def _check_ranks(name: str, parts: tuple[int, ...], config: LoRAConfig, base: HFBase) -> None:
     """As ``layers.spec.spec_for`` does on the ranks."""
     shapes = base.shapes()
-    projections, matrices = hf_names(name), [shapes[f"{projection}.weight"] for projection in hf_names(name)]
+    projections, matrices = hf_names(name), [shapes[f"{projection}.weight"][-2:] for projection in hf_names(name)]
     split = config.layout == "split" and len(projections) > 1
     ranks = [config.rank_of(name, projections[part]) for part in parts]
     if not split and len(set(ranks)) > 1:

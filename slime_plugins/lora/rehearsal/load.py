@@ -21,13 +21,15 @@ def load_base(
 ) -> list[GPTModel]:
     """Build this rank's pipeline chunks (one, without a virtual size) and load its shard into them. On all ranks.
 
-    Dense decoders: Qwen2/2.5, Qwen3, Llama 3. Megatron's local layers, without TransformerEngine. For any other model
-    build Megatron's modules as your program does; ``apply_lora`` adapts those too.
+    Decoders of text: Llama 3, Qwen2/2.5, Qwen3, Qwen3-MoE, Qwen3-Next, Qwen3.5. Megatron's local layers, without
+    TransformerEngine. For any other model build Megatron's modules as your program does; ``apply_lora`` adapts those
+    too.
 
     Args:
         hf_checkpoint: a local directory with ``config.json`` and safetensors.
         dtype: of parameters and activations.
-        sequence_parallel: cut activations between the tensor-parallel linears along the sequence.
+        sequence_parallel: cut activations between the tensor-parallel linears along the sequence; Megatron needs it
+            to train experts at a tensor-parallel size above 1.
         recompute: None, "full" (every layer) or "selective" (core attention).
     Returns:
         modules on this rank's device, in no DDP wrapper. Embeddings and logits have as many rows as TP divides; rows

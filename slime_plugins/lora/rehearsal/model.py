@@ -1,15 +1,14 @@
-"""A Hugging Face checkpoint as Megatron-Core GPTModel chunks, at any TP, PP and VPP. Collective: call on all ranks.
+"""A Hugging Face checkpoint as Megatron-Core GPTModel chunks, at any TP, PP, VPP and EP. Collective over all ranks.
 
-Megatron's local spec (no TransformerEngine), so it runs on gloo and on NCCL alike. Shape letters: V vocabulary,
-T tensor-parallel size.
+Megatron's local spec (no TransformerEngine), so it runs on gloo and on NCCL alike. Values: ``shards.load_base``.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -21,34 +20,33 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.base.decoder import HFBase
-from slime_plugins.lora.layout import gated_parts, qkv_parts
-
-_LAYER = re.compile(r"decoder\.layers\.\d+\.(.+)")
-_NORMS = {
-    "input_layernorm.weight": "input_layernorm.weight",
-    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",  # TransformerEngine fuses these two
-    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
-    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
-    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-}
+from slime_plugins.lora.base.experts import RoutedExperts
+from slime_plugins.lora.rehearsal.shards import load_base, padded_vocab_size
 
 
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm in Megatron's place; its own wrapper refuses sequence parallelism.
 
     Under SP each rank normalises its own tokens: the mark tells Megatron that the weight's gradient is a partial sum.
+    Some families multiply by 1 + weight.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_ignored):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - as Megatron marks it
+        self._around_zero = config.layernorm_zero_centered_gamma
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = 1 + self.weight if self._around_zero else self.weight
+        return torch.nn.functional.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 def build_chunks(
@@ -67,7 +65,7 @@ def build_chunks(
         dtype: of parameters and activations.
         vpp: chunks per pipeline stage, when ``parallel_state`` was initialised with a virtual size.
         recompute: None, "full" (every layer) or "selective" (core attention).
-        layer_spec: of one decoder layer; Megatron's local spec by default.
+        layer_spec: of every decoder layer; by default Megatron's local spec of what each layer has.
         apply: called with the list of chunks, the base loaded; the place for ``apply_lora``, before any DDP wrapper.
     Raises:
         UsageError: no checkpoint there, or the model does not split this way.
@@ -75,10 +73,20 @@ def build_chunks(
     """
     base = HFBase.read(hf_dir)
     tp = mpu.get_tensor_model_parallel_world_size()
-    base.check_parallel(tp=tp, pp=mpu.get_pipeline_model_parallel_world_size(), vpp=vpp)
+    base.check_parallel(
+        tp=tp,
+        pp=mpu.get_pipeline_model_parallel_world_size(),
+        vpp=vpp,
+        ep=mpu.get_expert_model_parallel_world_size(),
+        etp=mpu.get_expert_tensor_parallel_world_size(),
+        sp=sequence_parallel,
+    )
     config = transformer_config(base, dtype=dtype, sequence_parallel=sequence_parallel, vpp=vpp, recompute=recompute)
-    layer = (layer_spec or local_layer_spec)(base, config)
-    chunks = [_chunk(base, config, layer, stage if vpp else None) for stage in range(vpp or 1)]
+    if layer_spec is None:
+        layers = [local_layer_spec(base, config, number) for number in range(base.num_layers)]
+    else:
+        layers = [layer_spec(base, config)] * base.num_layers
+    chunks = [_chunk(base, config, layers, stage if vpp else None) for stage in range(vpp or 1)]
     weights = BaseCheckpoint(base.path)
     for chunk in chunks:
         _mark_shards(chunk)
@@ -108,6 +116,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's config of this base under the current parallel state, fused kernels off (a CPU has none)."""
     pp = mpu.get_pipeline_model_parallel_world_size()
+    experts = {} if base.experts is None else _experts_config(base.experts, base.num_layers)
     layers_recomputed = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=base.num_layers,
@@ -118,8 +127,10 @@ def transformer_config(
         kv_channels=base.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=base.norm_eps,
-        qk_layernorm=base.qk_norm,
-        add_qkv_bias=base.qkv_bias,
+        qk_layernorm=base.family.qk_norm,
+        add_qkv_bias=base.family.qkv_bias,
+        attention_output_gate=base.gated,
+        layernorm_zero_centered_gamma=base.gated,
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
@@ -146,30 +157,56 @@ def transformer_config(
         persist_layer_norm=False,
         # Pipeline stages exchange activations one after the other: gloo has no batched send/receive.
         batch_p2p_comm=False,
+        **experts,
         **(layers_recomputed if recompute == "full" else {"recompute_granularity": recompute}),
     )
 
 
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Rows of the embedding in Megatron: each rank holds as many. Extra rows are zero; slice them off the logits."""
-    return math.ceil(vocab_size / tp) * tp
+def _experts_config(experts: RoutedExperts, num_layers: int) -> dict[str, Any]:
+    # 0.16.1 reads this where there is no TransformerEngine, and has not set it.
+    moe_utils.__dict__.setdefault("te_general_gemm", None)
+    config: dict[str, Any] = {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.top_k,
+        "moe_ffn_hidden_size": experts.ffn,
+        "moe_layer_freq": [int(experts.is_sparse(number)) for number in range(num_layers)],
+        # The base is frozen: nothing would balance its router.
+        "moe_router_load_balancing_type": "none",
+        "moe_router_pre_softmax": not experts.renormalised,
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": False,
+        "expert_model_parallel_size": mpu.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel_size": mpu.get_expert_tensor_parallel_world_size(),
+    }
+    if experts.shared_ffn:
+        config |= {"moe_shared_expert_intermediate_size": experts.shared_ffn, "moe_shared_expert_gate": True}
+    return config
 
 
-def local_layer_spec(base: HFBase, config: TransformerConfig) -> ModuleSpec:
-    """A decoder layer of Megatron's own linears."""
-    layer = get_gpt_layer_local_spec(qk_layernorm=base.qk_norm, normalization="RMSNorm")
+def local_layer_spec(base: HFBase, config: TransformerConfig, number: int = 0) -> ModuleSpec:
+    """The decoder layer of this number (from 0), of Megatron's own linears."""
+    experts = {"num_experts": config.num_moe_experts} if base.has_experts(number) else {}
+    layer = get_gpt_layer_local_spec(qk_layernorm=base.family.qk_norm, normalization="RMSNorm", **experts)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    if base.qk_norm:
+    if base.has_linear_attention(number):
+        from slime_plugins.lora.rehearsal.linear_attention import LinearAttention
+
+        layer.submodules.self_attention = ModuleSpec(LinearAttention, params={"hf_dir": base.path})
+    elif base.family.qk_norm:
         attention = layer.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return layer
 
 
-def _chunk(base: HFBase, config: TransformerConfig, layer: ModuleSpec, vp_stage: int | None) -> GPTModel:
+def _chunk(base: HFBase, config: TransformerConfig, layers: list[ModuleSpec], vp_stage: int | None) -> GPTModel:
+    """``layers``: of the whole model."""
     stage = {"ignore_virtual": False, "vp_stage": vp_stage}
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    mine = layers[first : first + get_num_layers_to_build(config, vp_stage=vp_stage)]
     chunk = GPTModel(
         config,
-        TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=RMSNorm),
+        TransformerBlockSubmodules(mine, layer_norm=RMSNorm),
         vocab_size=padded_vocab_size(base.vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=base.max_positions,
         pre_process=mpu.is_pipeline_first_stage(**stage),
@@ -177,6 +214,7 @@ def _chunk(base: HFBase, config: TransformerConfig, layer: ModuleSpec, vp_stage:
         share_embeddings_and_output_weights=base.tied,
         position_embedding_type="rope",
         rotary_base=base.rope_theta,
+        rotary_percent=base.rotary_share,
         vp_stage=vp_stage,
     )
     if base.llama3_rope:
@@ -197,62 +235,3 @@ def llama3_inv_freq(
     turns = original_max_position_embeddings * inv_freq / (2 * math.pi)  # in the original context
     ramp = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
     return inv_freq * (ramp + (1 - ramp) / factor)
-
-
-@torch.no_grad()
-def load_base(chunk: GPTModel, base: HFBase, weights: BaseCheckpoint) -> None:
-    """Fill every parameter of a chunk, not yet adapted, with this rank's shard.
-
-    Raises:
-        ValueError: a parameter has no counterpart, or its shape differs from the shard's.
-    """
-    tp, tp_rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
-    layer_numbers = {f"decoder.layers.{i}": layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
-    for name, param in chunk.named_parameters():
-        match = _LAYER.fullmatch(name)
-        if match:
-            prefix = f"model.layers.{layer_numbers[name[: match.start(1) - 1]]}."
-            shard = _layer_shard(match.group(1), prefix, base, weights, tp, tp_rank)
-        elif name == "decoder.final_layernorm.weight":
-            shard = weights.read("model.norm.weight")
-        elif name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-            of_embedding = base.tied or name.startswith("embedding")
-            rows = padded_vocab_size(base.vocab_size, tp) // tp
-            hf_name = "model.embed_tokens.weight" if of_embedding else "lm_head.weight"
-            shard = weights.rows(hf_name, tp_rank * rows, (tp_rank + 1) * rows)
-            shard = torch.nn.functional.pad(shard, (0, 0, 0, rows - len(shard)))
-        else:
-            shard = None
-        if shard is None:
-            raise ValueError(f"{base.path}: nothing in this checkpoint fills Megatron parameter {name}")
-        if shard.shape != param.shape:
-            raise ValueError(f"{name}: shape {list(param.shape)}, but the checkpoint gives {list(shard.shape)}")
-        param.copy_(shard)
-
-
-def _layer_shard(
-    leaf: str, prefix: str, base: HFBase, weights: BaseCheckpoint, tp: int, tp_rank: int
-) -> torch.Tensor | None:
-    """This rank's value of one layer parameter, or None for a name that no Hugging Face tensor fills."""
-
-    def shard(name: str, dim: int = 0) -> torch.Tensor:
-        return weights.read(prefix + name, dim=dim, part=tp_rank, parts=tp)
-
-    if leaf in _NORMS:
-        return weights.read(prefix + _NORMS[leaf])
-    if leaf == "self_attention.linear_proj.weight":
-        return shard("self_attn.o_proj.weight", dim=1)
-    if leaf == "mlp.linear_fc2.weight":
-        return shard("mlp.down_proj.weight", dim=1)
-    module, _, kind = leaf.rpartition(".")
-    if module == "self_attention.linear_qkv":
-        parts, parent = qkv_parts(base.num_heads // tp, base.num_query_groups // tp, base.head_dim), "self_attn"
-    elif module == "mlp.linear_fc1":
-        parts, parent = gated_parts(2 * base.ffn // tp), "mlp"
-    else:
-        return None
-    pieces = [shard(f"{parent}.{part.name}.{kind}") for part in parts]
-    fused = torch.empty(sum(part.size for part in parts), *pieces[0].shape[1:], dtype=pieces[0].dtype)
-    for part, piece in zip(parts, pieces, strict=True):
-        part.put(fused, piece)
-    return fused

@@ -6,6 +6,7 @@ Flags first, in milliseconds; then files; then prompts as tokens, which costs tr
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -61,7 +62,10 @@ def prepare(given: Mapping[str, Any], progress: Callable[[str], None] = print) -
         base_dir, prompt_data = builtin_checkpoint(progress)
         settings = dataclasses.replace(settings, hf_checkpoint=str(base_dir), prompt_data=str(prompt_data))
     base = HFBase.read(settings.hf_checkpoint)
-    base.check_parallel(tp=settings.tp, pp=settings.pp, vpp=settings.vpp)
+    base.check_parallel(
+        tp=settings.tp, pp=settings.pp, vpp=settings.vpp, ep=settings.ep, etp=settings.etp, sp=settings.sp
+    )
+    _check_installed(base)
     settings = dataclasses.replace(
         settings,
         lora=adapter_start.config_of_start(settings, flags, base, progress),
@@ -74,6 +78,30 @@ def prepare(given: Mapping[str, Any], progress: Callable[[str], None] = print) -
             "which would be the frozen one; drop --trainable-token-indices"
         )
     adapter_start.kept_reference(settings)
+    _check_codes(settings, base, progress)
+    _check_task(settings, base, progress)
+    return settings
+
+
+def _check_installed(base: HFBase) -> None:
+    """Has the transformers that is installed this family?"""
+    if importlib.util.find_spec(base.family.module) is None:
+        version = importlib.metadata.version("transformers")
+        raise UsageError(
+            f"{base.path}: {base.architecture} is not known to transformers {version}, which rolls out and "
+            "computes its linear attention; get a newer one: pip install --upgrade transformers"
+        )
+
+
+def _check_codes(settings: Settings, base: HFBase, progress: Callable[[str], None]) -> None:
+    """A base in 4 bits, asked for or as it is stored."""
+    if (settings.base_quant is not None or base.coded) and (base.experts or base.linear):
+        what = "stacked experts" if base.experts else "linear attention"
+        told = "--lora-base-quant" if settings.base_quant is not None else "in NF4 codes"
+        raise UsageError(
+            f"{base.path} {told}: a rehearsal's ranks and rollouts would not store {what} alike, and would be of two "
+            "bases; use a dense one, without --lora-base-quant"
+        )
     if settings.base_quant is not None:
         shapes = base.shapes()
         linears = {name: shapes[f"{name}.weight"] for name in base.linears()}
@@ -84,8 +112,6 @@ def prepare(given: Mapping[str, Any], progress: Callable[[str], None] = print) -
             f"note: {base.path} holds NF4 codes, and trains on their dequantised weights; --lora-base-quant nf4 keeps "
             "it in 4 bits"
         )
-    _check_task(settings, base, progress)
-    return settings
 
 
 def _check_empty(given: Mapping[str, Any]) -> None:

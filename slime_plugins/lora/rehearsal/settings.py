@@ -14,6 +14,7 @@ from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.control.arguments import plateau_of
 from slime_plugins.lora.control.plateau import EVAL, VAL_LOSS, Plateau
+from slime_plugins.lora.cost.model import Split
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.objectives import OBJECTIVES, make_objective, objective_class, option_names
 
@@ -32,7 +33,18 @@ MAX_PROCESSES = 64
 """On one machine; more would bring it down."""
 
 _COUNTS = (
-    *("tp", "pp", "dp", "vpp", "steps", "rollout_batch_size", "n_samples_per_prompt", "rollout_max_response_len"),
+    *(
+        "tp",
+        "pp",
+        "dp",
+        "vpp",
+        "ep",
+        "etp",
+        "steps",
+        "rollout_batch_size",
+        "n_samples_per_prompt",
+        "rollout_max_response_len",
+    ),
     *("num_steps_per_rollout", "micro_batch_size", "save_interval", "eval_interval", "val_interval", "gkd_chunk_size"),
 )
 
@@ -68,7 +80,7 @@ class Settings:
     objective: str = "grpo"
     """Name in ``objectives.OBJECTIVES``."""
     hf_checkpoint: str = ""
-    """Base: Qwen2, Qwen3 or Llama directory; empty for the built-in one, which ``preflight.prepare`` makes."""
+    """Base, of ``base.decoder.ARCHITECTURES``; empty for the built-in one, which ``preflight.prepare`` makes."""
     prompt_data: str = ""
     """jsonl of prompts and labels; given together with ``hf_checkpoint``."""
     input_key: str = "input"
@@ -92,6 +104,10 @@ class Settings:
     vpp: int | None = None
     """Pipeline chunks per stage (interleaved schedule)."""
     dp: int = 1
+    ep: int = 1
+    """Expert-parallel ranks: of the tp x dp ranks of a stage, each ep x etp share the experts."""
+    etp: int | None = None
+    """Expert-tensor-parallel ranks; None: as many as ``tp``, as Megatron has it."""
     sp: bool = False
     """Sequence parallelism, with tp > 1."""
     device: str = "auto"
@@ -286,6 +302,7 @@ class Settings:
             raise UsageError("--sp cuts sequences over tensor-parallel ranks; it needs --tp of at least 2")
         if self.vpp is not None and (self.vpp < 2 or self.pp < 2):
             raise UsageError(f"--vpp {self.vpp} --pp {self.pp}: the interleaved schedule needs both to be at least 2")
+        Split(tp=self.tp, pp=self.pp, dp=self.dp, ep=self.ep, etp=self.etp)
         if self.world_size > MAX_PROCESSES:
             raise UsageError(
                 f"--tp {self.tp} --pp {self.pp} --dp {self.dp}: {self.world_size:,} processes on this machine, "

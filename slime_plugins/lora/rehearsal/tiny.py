@@ -7,6 +7,15 @@ from pathlib import Path
 import torch
 
 FAMILIES = ("qwen2", "qwen3", "llama")
+"""Dense ones."""
+WITH_LINEAR = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
+WITH_EXPERTS = ("qwen3_moe", "qwen3_next", "qwen3_5_moe")
+_MADE = {
+    "qwen3_moe": "Qwen3MoeConfig",
+    "qwen3_next": "Qwen3NextConfig",
+    "qwen3_5": "Qwen3_5TextConfig",
+    "qwen3_5_moe": "Qwen3_5MoeTextConfig",
+}
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -68,8 +77,12 @@ def make_tiny(
         config = transformers.Qwen3Config(**common, head_dim=head_dim, rope_parameters=rope)
     elif family == "llama":
         config = transformers.LlamaConfig(**common, head_dim=head_dim, rope_parameters=dict(_LLAMA3_ROPE))
+    elif family in _MADE:
+        common |= _experts(family, ffn) | _linear_attention(family, head_dim, num_layers)
+        rope |= {"partial_rotary_factor": 0.5} if family in WITH_LINEAR else {}
+        config = getattr(transformers, _MADE[family])(**common, head_dim=head_dim, rope_parameters=rope)
     else:
-        raise ValueError(f"family {family!r} is not one of {', '.join(FAMILIES)}")
+        raise ValueError(f"family {family!r} is not one of {', '.join((*FAMILIES, *_MADE))}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -84,6 +97,31 @@ def make_tiny(
         # transformers 5 reads any tokenizer of model_type qwen2 as byte-level BPE, in which only added words survive.
         write_tokenizer(path, ["<pad>", "<bos>", "<eos>", "<unk>", *words], added=family == "qwen2")
     return path
+
+
+def _experts(family: str, ffn: int) -> dict:
+    """Eight routed experts, of which a token has two; a shared one in the families that have it."""
+    if family not in WITH_EXPERTS:
+        return {}
+    shared = {} if family == "qwen3_moe" else {"shared_expert_intermediate_size": ffn // 2}
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": ffn // 4}
+    return experts | shared | ({} if family == "qwen3_5_moe" else {"norm_topk_prob": True})
+
+
+def _linear_attention(family: str, head_dim: int, num_layers: int) -> dict:
+    """In three layers of four, as in the models on the hub; in the first of two."""
+    if family not in WITH_LINEAR:
+        return {}
+    every = min(4, num_layers)
+    kinds = ["full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(num_layers)]
+    return {
+        "layer_types": kinds,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 6,
+        "linear_conv_kernel_dim": 4,
+    }
 
 
 def write_tokenizer(path: str | Path, words: list[str], *, added: bool = False) -> None:

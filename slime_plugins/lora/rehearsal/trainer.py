@@ -382,5 +382,7 @@ def _start(settings: Settings, rank: int, store: str) -> None:
         tensor_model_parallel_size=settings.tp,
         pipeline_model_parallel_size=settings.pp,
         virtual_pipeline_model_parallel_size=settings.vpp,
+        expert_model_parallel_size=settings.ep,
+        expert_tensor_parallel_size=settings.etp,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(settings.seed)
