@@ -79,12 +79,13 @@ def train(
 
 
 def check(results, expected, *, whole_gradients: bool = True) -> None:
-    """Gradients and rows to 1e-5, gradient norms to 1e-6."""
+    """Gradients and rows to 1e-5, gradient norms to 1e-6; after a step of Adam, which amplifies rounding, to 2e-6."""
     grads, rows, norms = expected
     seen = set()
     for found_grads, found_rows, found_norms, frozen in results:
         assert frozen
-        assert found_norms == pytest.approx(norms, rel=1e-6)
+        assert found_norms[0] == pytest.approx(norms[0], rel=1e-6)
+        assert found_norms == pytest.approx(norms, rel=2e-6)
         for name, grad in found_grads if whole_gradients else ():
             assert adapted.relative(grad - grads[name], grads[name]) <= 1e-5, name
         for name, here, values in found_rows:
