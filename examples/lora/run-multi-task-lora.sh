@@ -70,9 +70,8 @@ PERF_ARGS=(
    --expert-model-parallel-size 1
    --expert-tensor-parallel-size 1
 
-   --recompute-granularity full
-   --recompute-method uniform
-   --recompute-num-layers 1
+   # No recompute: it fits without (slime-lora plan --compare, docs/memory.md), and is a third part of a step's work.
+   # Out of memory, or longer responses? --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
 
    --use-dynamic-batch-size
    --max-tokens-per-gpu 9216

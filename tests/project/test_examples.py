@@ -7,6 +7,7 @@ Run: pytest tests/project/test_examples.py
 import argparse
 import ast
 import importlib
+import json
 import os
 import re
 import shlex
@@ -18,9 +19,10 @@ from pathlib import Path
 
 import pytest
 from launch_scripts import EXAMPLES, HARMFUL, SCRIPTS, Machine, free_ports
+from published_configs import write_config
 
 from slime_plugins.lora.arguments import add_lora_arguments, validate_lora_args
-from slime_plugins.lora.cli import _build_parser
+from slime_plugins.lora.cli import _build_parser, main
 from slime_plugins.lora.config import LoRAConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +52,28 @@ def test_there_are_scripts():
 def test_script_is_bash(script):
     subprocess.run(["bash", "-n", script], check=True, timeout=60)
     assert os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.name)
+def test_no_recompute_where_the_plan_says_that_it_fits(script, tmp_path, capsys):
+    """On 8 GPUs of 80 GB, with half of one to spare. With experts a router need not spread tokens as the plan has it."""
+    text = script.read_text()
+
+    def value(flag):
+        return int(re.search(rf"^ +{flag} (\d+)$", text, re.M)[1])
+
+    model = re.search(r"--hf-checkpoint \S*/(Qwen3-[\w.-]+)", text)[1].removesuffix("-Base")
+    tp, ep = value("--tensor-model-parallel-size"), value("--expert-model-parallel-size")
+    split = ["--tp", tp, "--dp", 8 // tp, "--ep", ep, "--etp", value("--expert-tensor-parallel-size")]
+    tokens = ["--tokens", value("--max-tokens-per-gpu"), "--lora-r", value("--lora-r")]
+    where = write_config(tmp_path, model)
+    assert main(["plan", "--compare", "--json", "--hf-checkpoint", *map(str, [where, *split, *tokens])]) == 0
+    methods = json.loads(capsys.readouterr().out)["models"][0]["methods"]
+    peaks = next(m["peaks"] for m in methods if m["name"] == f"LoRA r={value('--lora-r')}")
+    if "A3B" in model:
+        assert "--recompute-granularity full\n" in text and peaks["none"]["total"] < 50e9
+    else:
+        assert not re.search(r"^ +--recompute", text, re.M) and peaks["none"]["total"] < 65e9
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.name)

@@ -1,6 +1,7 @@
 """What a forward keeps for its backward, tensor by tensor. Pure arithmetic.
 
-Frozen linears keep no input: with adapters it is the adapted ones that do, the local shard of it, and h = x A^T.
+Frozen linears keep no input: with adapters it is the adapted ones that do, the local shard of it, and h = x A^T. One
+that runs fused with its adapter (``layers.fused``) behind a norm of its own keeps h alone: the norm has its input.
 What does not depend on what is trained: inputs of norms, of attention and of the activation function.
 
 Routed experts: every rank is taken to receive its share of the tokens. What a router sends elsewhere shows on no rank
@@ -162,15 +163,23 @@ class _Reckoning:
         copies = own_input + (self.trained.base and not self.kernels.te)
         return rows * heads * (width * self.e * copies + _FP32)
 
-    def _input(self, number: int, path: str, rows: int, width: int) -> int:
-        """What a linear keeps of its input, with h."""
+    def _input(self, number: int, path: str, rows: int, width: int, behind_norm: bool = False) -> int:
+        """What a linear keeps of its input, with h.
+
+        Args:
+            behind_norm: TransformerEngine has the norm in front in the same module.
+        """
         adapter = self.adapters.get((number, path))
         if adapter is None:
             return rows * width * self.e if self.trained.base else 0
-        # Under sequence parallelism a column-parallel linear has a rank's tokens for an input and all for h, a
-        # row-parallel one the other way round.
-        h_rows = rows if adapter.record.is_expert else self.S if adapter.record.parallel == "row" else self.T
-        return (rows * width + h_rows * adapter.width) * self.e
+        lora = self.trained.lora
+        assert lora is not None
+        fused = not (adapter.record.is_expert or lora.dropout or self.trained.quant or self.trained.base)
+        # By taps under sequence parallelism, a column-parallel linear has a rank's tokens for an input and all for h, a
+        # row-parallel one the other way round. Fused, all for h.
+        h_rows = self.S if adapter.record.parallel == "row" and not fused else self.T
+        kept = 0 if fused and behind_norm and self.kernels.te else rows * width
+        return (kept + (rows if adapter.record.is_expert else h_rows) * adapter.width) * self.e
 
     def _attention(self, number: int, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int, int]:
         """Beside core attention; in it; and what selective recompute keeps for it."""
@@ -179,7 +188,7 @@ class _Reckoning:
         T, e, tp, hidden = self.T, self.e, self.split.tp, self.model.hidden
         q, kv = (shapes[f"self_attn.{p}_proj.weight"][0] // tp for p in "qk")
         out = shapes["self_attn.o_proj.weight"][1] // tp
-        rest = self._input(number, "self_attention.linear_qkv", self.S, hidden)
+        rest = self._input(number, "self_attention.linear_qkv", self.S, hidden, behind_norm=True)
         heads = self.model.num_heads // tp
         groups = heads * kv // out
         if "self_attn.q_norm.weight" in shapes:
@@ -219,7 +228,10 @@ class _Reckoning:
         paths |= {"linear_kv_down_proj": (self.S, hidden), "linear_kv_up_proj": (self.S, latent)}
         paths |= {"linear_q_up_proj": (self.S, low)} if low else {}
         paths |= {"linear_proj": (T, out)}
-        kept = {path: self._input(number, f"self_attention.{path}", *size) for path, size in paths.items()}
+        kept = {
+            path: self._input(number, f"self_attention.{path}", *size, behind_norm=path.endswith("up_proj"))
+            for path, size in paths.items()
+        }
         first = ["linear_q_proj" if not low else "linear_q_down_proj", "linear_kv_down_proj"]
         shared = self.S * hidden * e if all(kept[path] >= self.S * hidden * e for path in first) else 0
         rest = sum(kept.values()) - shared  # one input of two linears
@@ -254,7 +266,7 @@ class _Reckoning:
         self, number: int, path: str, width: int, in_rows: int, rows: int, routed: bool = False
     ) -> tuple[int, int]:
         e = self.e
-        kept = self._input(number, f"{path}.linear_fc1", in_rows, self.model.hidden)
+        kept = self._input(number, f"{path}.linear_fc1", in_rows, self.model.hidden, behind_norm=path == "mlp")
         kept += self._input(number, f"{path}.linear_fc2", rows, width)
         kept += rows * 2 * width * e
         if not self.kernels.fused:

@@ -1,4 +1,4 @@
-"""The low-rank path as two autograd taps around an untouched base linear.
+"""The low-rank path as two autograd taps around an untouched base linear, where ``fused`` cannot be.
 
     x ----+--------------> base ------> y0 --+--> y = y0 + s h B^T     (in place on y0)
           +-- A --> h --[collective]-- h ----+
