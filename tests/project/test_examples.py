@@ -56,7 +56,7 @@ def test_script_is_bash(script):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.name)
 def test_no_recompute_where_the_plan_says_that_it_fits(script, tmp_path, capsys):
-    """On 8 GPUs of 80 GB, with half of one to spare. With experts a router need not spread tokens as the plan has it."""
+    """On 8 GPUs of 80 GB, with half of one to spare. A router need not spread tokens as the plan has it."""
     text = script.read_text()
 
     def value(flag):

@@ -175,8 +175,8 @@ class _Reckoning:
         lora = self.trained.lora
         assert lora is not None
         fused = not (adapter.record.is_expert or lora.dropout or self.trained.quant or self.trained.base)
-        # By taps under sequence parallelism, a column-parallel linear has a rank's tokens for an input and all for h, a
-        # row-parallel one the other way round. Fused, all for h.
+        # By taps under sequence parallelism, a column-parallel linear has a rank's tokens for an input and all for h,
+        # a row-parallel one the other way round. Fused, all for h.
         h_rows = self.S if adapter.record.parallel == "row" and not fused else self.T
         kept = 0 if fused and behind_norm and self.kernels.te else rows * width
         return (kept + (rows if adapter.record.is_expert else h_rows) * adapter.width) * self.e
