@@ -5,8 +5,10 @@ pytest tests/rehearsal/test_rehearsal_pure.py
 
 import dataclasses
 import json
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -409,3 +411,9 @@ def test_wandb_is_told_what_tensorboard_is(tmp_path, monkeypatch):
     assert (init["project"], init["entity"], init["config"]["lr"]) == ("p", "t", 5e-3)
     assert rest == [(1, {"reward": 0.5}), 0]
     assert "secret" not in (tmp_path / outputs.SETTINGS).read_text() + json.dumps(init["config"])
+
+
+def test_the_trainer_is_there_before_megatron_is():
+    """Ranks unpickle it, and only then make torch fit for a CPU: what Megatron compiles on import stays compiled."""
+    code = "import sys, slime_plugins.lora.rehearsal.trainer; sys.exit('megatron.core' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0

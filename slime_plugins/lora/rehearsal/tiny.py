@@ -94,8 +94,10 @@ def make_tiny(
     model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
     if tokenizer:
         words = [f"t{i}" for i in range(4, vocab_size)]
-        # transformers 5 reads any tokenizer of model_type qwen2 as byte-level BPE, in which only added words survive.
-        write_tokenizer(path, ["<pad>", "<bos>", "<eos>", "<unk>", *words], added=family == "qwen2")
+        # transformers 5 reads any tokenizer of these model_types as byte-level BPE, in which only added words survive.
+        write_tokenizer(
+            path, ["<pad>", "<bos>", "<eos>", "<unk>", *words], added=family in ("qwen2", "qwen3_5", "qwen3_5_moe")
+        )
     return path
 
 

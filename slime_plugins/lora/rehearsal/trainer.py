@@ -2,7 +2,8 @@
 
 What it trains for is an ``Objective``; this file knows none of them.
 
-All methods are collective: the driver calls them on every rank.
+All methods are collective: the driver calls them on every rank. Megatron is imported inside of them, once ``cpu`` has
+made it fit for a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,9 +23,11 @@ from slime_plugins.lora.objectives import make_objective
 from slime_plugins.lora.objectives.batch import Batch
 from slime_plugins.lora.objectives.head import output_weight, without_head
 from slime_plugins.lora.objectives.objective import Computed, ModelOutput
-from slime_plugins.lora.objectives.teacher import AnotherAdapter, Teacher, copy_of, read_another
 from slime_plugins.lora.rehearsal import cpu
 from slime_plugins.lora.rehearsal.settings import Settings
+
+if TYPE_CHECKING:
+    from slime_plugins.lora.objectives.teacher import AnotherAdapter, Teacher
 
 
 class RankTrainer:
@@ -188,11 +191,14 @@ class RankTrainer:
 
     def take_teacher(self, kind: str, ema_decay: float | None) -> None:
         """Make a teacher, once the adapters are what the run starts from. Arguments as ``Teacher`` has them."""
+        from slime_plugins.lora.objectives.teacher import Teacher
+
         self.teacher = Teacher(self.chunks, kind, ema_decay)
 
     def take_reference(self, kept: str | None, save: str | None) -> None:
         """Make the adapters as they are now the reference policy, or those that a run has kept, and keep them."""
         from slime_plugins.lora import save_adapter
+        from slime_plugins.lora.objectives.teacher import copy_of, read_another
 
         self.reference = copy_of(self.chunks) if kept is None else read_another(self.chunks, kept)
         if save is not None:
