@@ -1,6 +1,7 @@
 """Validation, learning rate on a plateau, stopping, best and final adapter, in whole rehearsals.
 
-pytest tests/rehearsal/test_control.py    # six short runs, a minute or two
+pytest tests/rehearsal/test_control.py            # two short runs, half a minute
+pytest tests/rehearsal/test_control.py -m slow    # rewards, a cooldown, layouts, starts from an adapter
 """
 
 from __future__ import annotations
@@ -25,11 +26,6 @@ SFT = ("--objective", "sft", "--tp", "1", "--rollout-batch-size", "32", "--lora-
 PLATEAU = ("--val-interval", "1", "--lr-plateau-metric", "val_loss", "--lr-plateau-threshold", "0.9")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 def rehearse(out: Path, cache: Path, *flags: str) -> str:
     with Rehearsal(out, cache, *map(str, flags)) as run:
         code, log = run.wait()
@@ -50,7 +46,7 @@ def step_of(save: Path) -> int | None:
 def stopped(cache, tmp_path_factory):
     """The rate is halved after steps 3 and 5, and below the lowest then."""
     root = tmp_path_factory.mktemp("stopped")
-    flags = ("--steps", 9, "--save", root / "save", "--stop-min-lr", 2e-3, *PLATEAU)
+    flags = ("--steps", 9, "--save", root / "save", "--save-interval", 2, "--stop-min-lr", 2e-3, *PLATEAU)
     return root, rehearse(root / "out", cache, *SFT, *flags), flags
 
 
@@ -58,7 +54,7 @@ def test_a_plateau_lowers_the_rate_and_stops_the_run(stopped):
     root, log, _ = stopped
     assert rates(root / "out") == [5e-3, 5e-3, 5e-3, 2.5e-3, 2.5e-3]
     assert "stop: the learning rate 0.00125 is below --stop-min-lr 0.002" in log
-    assert step_of(root / "save") == 5, "saved, though no interval was given and four steps were left"
+    assert step_of(root / "save") == 5, "saved, though no interval ended there and four steps were left"
     summary = json.loads((root / "out" / "summary.json").read_text())
     assert (summary["last_step"], summary["lr_last"]) == (5, 1.25e-3) and "0.00125" in summary["stopped"]
     past = load(root / "save" / FILE)
@@ -115,7 +111,25 @@ def times(root: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.suffix != ".log"}
 
 
-def test_a_resume_inside_a_patience_window_decides_as_the_run_that_went_on(cache, tmp_path):
+def test_a_resume_inside_a_patience_window_decides_as_the_run_that_went_on(stopped, cache, tmp_path):
+    """Steps 2 and 3 are idle, and 3 lowers; the resume comes between them. It stops too; the best comes along."""
+    root, _, flags = stopped
+    flags = [tmp_path / "save" if word == root / "save" else word for word in flags]
+    log = rehearse(tmp_path / "out", cache, *SFT, *flags, "--load", root / "save" / "iter_0000002")
+    assert rates(tmp_path / "out") == rates(root / "out")[2:] and "stop: the learning rate 0.00125" in log
+    assert_same_end(tmp_path / "save", root / "save")
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """History, best and final adapter, bit for bit."""
+    assert (one / FILE).read_text() == (other / FILE).read_text()
+    for name in ("best", "final"):
+        here, there = adapter(one / name), adapter(other / name)
+        assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in there), name
+
+
+@pytest.mark.slow
+def test_a_resume_inside_a_patience_window_with_a_cooldown_behind_it(cache, tmp_path):
     """Patience 2: idle at 2, 3, (4) lowers; the resume comes after step 3. The best adapter comes along."""
     flags = (*SFT, *PLATEAU, "--lr-plateau-patience", "2", "--lr-plateau-cooldown", "1", "--save-interval", "3")
     rehearse(tmp_path / "whole", cache, *flags, "--steps", "7", "--save", tmp_path / "a")
@@ -125,12 +139,10 @@ def test_a_resume_inside_a_patience_window_decides_as_the_run_that_went_on(cache
     )  # fmt: skip
     assert rates(tmp_path / "whole") == [5e-3] * 4 + [2.5e-3] * 3
     assert rates(tmp_path / "half") == rates(tmp_path / "whole")[3:]
-    assert (tmp_path / "b" / FILE).read_text() == (tmp_path / "a" / FILE).read_text()
-    for name in ("best", "final"):
-        one, other = adapter(tmp_path / "a" / name), adapter(tmp_path / "b" / name)
-        assert all(torch.equal(one[key], other[key]) for key in one), name
+    assert_same_end(tmp_path / "b", tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_rewards_higher_is_better(cache, tmp_path):
     flags = ("--tp", "1", "--steps", "4", "--rollout-batch-size", "8", "--n-samples-per-prompt", "4")
     plateau = ("--eval-interval", "1", "--lr-plateau-metric", "eval/reward", "--lr-plateau-threshold", "0.9")

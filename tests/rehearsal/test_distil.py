@@ -18,11 +18,6 @@ from slime_plugins.lora.objectives.divergence import STATISTICS
 SHORT = ["--objective", "gkd", "--steps", "4", "--rollout-batch-size", "8"]
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 def read(out):
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return json.loads((out / "summary.json").read_text()), [json.loads(line) for line in lines]

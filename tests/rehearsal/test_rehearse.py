@@ -22,12 +22,6 @@ from slime_plugins.lora.cli import main
 from slime_plugins.lora.rehearsal.tiny import make_tiny
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """Where the built-in base is made once for all of these tests."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture(scope="module")
 def finished(cache, tmp_path_factory):
     """A short run at TP 2 with SP, its output and its directory."""
@@ -128,7 +122,11 @@ def _post(url: str, body: dict, server: subprocess.Popen, log: Path, timeout: fl
 
 
 @pytest.mark.parametrize(
-    "end, code, word", [(Rehearsal.ctrl_c, 130, "interrupted"), (Rehearsal.terminate, 143, "terminated")]
+    "end, code, word",
+    [
+        (Rehearsal.ctrl_c, 130, "interrupted"),
+        pytest.param(Rehearsal.terminate, 143, "terminated", marks=pytest.mark.slow),  # see test_interrupts.py
+    ],
 )
 def test_ends_in_order_when_told_to(cache, tmp_path, capsys, end, code, word):
     out, saved = tmp_path / "run", tmp_path / "saved"
