@@ -206,6 +206,8 @@ def test_a_tokenizer_that_transformers_adds_to(tmp_path, capsys):
         (["<a>", "", "<b>"], [], "line 2 holds no token"),
         (["<a>", "<b>", "<a>"], [], "line 3: '<a>' is on line 1 already"),
         ([" <a>"], [], "has white space around it"),
+        (["<a>", "<b>\r<c>"], [], "line 2: '<b>\\r<c>' has a control character in it"),
+        (["<\0a\0>\0"], [], "'<\\x00a\\x00>\\x00' has a control character in it; save the file as UTF-8"),
         (["<a>\t"], [], "has a tab, no description"),
         (["<a>", "t7", "<pad>"], [], "has one token for 't7' (id 7), '<pad>' (id 0) already"),
         (["<a>\tt5", "<b>"], [], "'<b>' has no description and others have"),

@@ -39,8 +39,8 @@ def read_tokens(path: str | os.PathLike) -> list[NewToken]:
 
     Raises:
         OSError: it cannot be read.
-        UsageError: naming the line: no token, white space around it, a tab without a description, or a token that was
-            there before; a file without tokens, or one that is no UTF-8.
+        UsageError: naming the line: no token, white space around it, a control character in it, a tab without a
+            description, or a token that was there before; a file without tokens, or one that is no UTF-8.
     """
     try:
         text = read_small(path).decode("utf-8-sig")
@@ -57,6 +57,11 @@ def read_tokens(path: str | os.PathLike) -> list[NewToken]:
             raise UsageError(f"{path}: line {number} holds no token; drop it")
         if token != token.strip():
             raise UsageError(f"{path}: line {number}: {token!r:.80} has white space around it; drop that")
+        if any(ord(character) < 32 or ord(character) == 127 for character in token):
+            raise UsageError(
+                f"{path}: line {number}: {token!r:.80} has a control character in it; save the file as UTF-8 with one "
+                "token a line"
+            )
         if tab and not description.strip():
             raise UsageError(
                 f"{path}: line {number}: {token!r:.80} has a tab, no description; add it, or drop the tab"

@@ -154,6 +154,9 @@ def _export(projections, rows, checkpoint, base, args: argparse.Namespace) -> No
     put_extra(args.out, extra)
     if extra:
         print(f"also trained, beside the adapter: {', '.join(extra)}, in {args.out}/{FOLDER}")
+    if rows:
+        way = "--bake-tokens DIR" if projections else "--merge"
+        print(f"vLLM refuses an adapter with trained rows, SGLang passes over them: for those servers add {way}")
     if args.serve_dir:
         make_serve_dir(args.bake_tokens or args.hf_checkpoint, args.out, args.serve_dir)
         print(f"serve it with: transformers serve {args.serve_dir}")

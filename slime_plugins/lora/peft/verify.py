@@ -387,7 +387,7 @@ def _server_warnings(config: Mapping[str, Any], modules: Iterable[str]) -> Itera
     for leaf, ids in ids_of(config).items():
         yield (
             f"{len(ids)} trained rows of {leaf}: vLLM and SGLang do not serve them; merge the adapter into its base "
-            "(slime-lora merge, slime-lora export --merge)"
+            "(slime-lora merge, slime-lora export --merge), or the rows alone (export --bake-tokens)"
         )
     for name in ("use_rslora", "rank_pattern", "alpha_pattern"):
         if config.get(name):

@@ -147,6 +147,7 @@ def test_flags_without_use_lora_are_refused(flag):
         ("--lora-sync adapter --lora-target-modules up_proj", {}, "target linear_fc1"),
         ("--lora-sync adapter --lora-target-modules q_a_proj", LATENT, "target both"),
         ("--lora-sync adapter", {**LATENT, "q_lora_rank": None}, "--lora-exclude-modules linear_q_proj"),
+        ("--lora-sync adapter --trainable-token-indices 5", dict(colocate=True), "them; use --lora-sync merged"),
         ("--lora-sync adapter --lora-sync-lag 3", dict(colocate=True, sglang_max_loras_per_batch=3), "at least that"),
     ],
 )
