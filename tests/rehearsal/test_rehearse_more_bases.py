@@ -55,6 +55,10 @@ def adapter(tmp_path, name):
     return load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
 
 
+def first_step(tmp_path, name) -> dict:
+    return json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
+
+
 def served_logits(directory, hf_dir=None):
     """Of the directory that ``transformers serve`` is given, or of a base alone."""
     from transformers import AutoModelForCausalLM
@@ -121,7 +125,11 @@ def test_linear_attention(tmp_path, flags_of, family, first, second):
     assert any(".linear_attn.out_proj.lora_B" in name for name in tensors)
     for name, tensor in tensors.items():
         assert tensor.any(), name
-        assert (tensor - others[name]).abs().max() < 2e-3 * 5e-3, name
+        # In the mean: Adam divides a gradient near zero by its own size, and one entry of a matrix may differ by more.
+        assert (tensor - others[name]).square().mean().sqrt() < 1e-3 * 5e-3, name
+    # To which Adam is blind: how large the gradient is.
+    norms = [first_step(tmp_path, name)["grad_norm"] for name in ("first", "second")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     rehearsed(tmp_path, "third", *flags, *second, "--load", saved, "--steps", "3", timeout=600)
 
 
