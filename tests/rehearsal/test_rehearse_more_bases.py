@@ -7,6 +7,7 @@ pytest tests/rehearsal/test_rehearse_more_bases.py -m slow    # other layouts, r
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
@@ -71,7 +72,9 @@ def served_logits(directory, hf_dir=None):
 def test_experts_over_two_ranks(tmp_path, flags_of):
     """Every expert has an adapter, trained; what is served is another model than the base."""
     flags = flags_of("qwen3_moe")
-    rehearsed(tmp_path, "run", *flags, *SHORT, *EP2)
+    summary = rehearsed(tmp_path, "run", *flags, *SHORT, *EP2)
+    experts = sum(math.prod(shape) for name, shape in HFBase.read(flags[1]).shapes().items() if ".experts." in name)
+    assert summary["parameters_of_a_rank"] < summary["total_parameters"] - experts // 2, "each rank has half of them"
     tensors = adapter(tmp_path, "run")
     for layer in range(2):
         for expert in range(8):
