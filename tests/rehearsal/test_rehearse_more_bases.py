@@ -128,8 +128,8 @@ def test_linear_attention(tmp_path, flags_of, family, first, second):
     assert any(".linear_attn.out_proj.lora_B" in name for name in tensors)
     for name, tensor in tensors.items():
         assert tensor.any(), name
-        # In the mean: Adam divides a gradient near zero by its own size, and one entry of a matrix may differ by more.
-        assert (tensor - others[name]).square().mean().sqrt() < 1e-3 * 5e-3, name
+        # A hundredth of a step: Adam divides a gradient near zero by its own size, and rounding is all of it there.
+        assert (tensor - others[name]).square().mean().sqrt() < 1e-2 * 5e-3, name
     # To which Adam is blind: how large the gradient is.
     norms = [first_step(tmp_path, name)["grad_norm"] for name in ("first", "second")]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
