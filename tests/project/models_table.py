@@ -118,8 +118,6 @@ def tested(family: Family) -> str:
 
 
 def table() -> str:
-    from slime_plugins.lora.base.decoder import ARCHITECTURES
-
     header = (
         "family",
         "`all-linear` adapts",
@@ -138,7 +136,7 @@ def table() -> str:
                 family.name,
                 ", ".join(adapted(family)),
                 "per expert, fused" if family.experts else "plain",
-                "yes" if family.architecture in ARCHITECTURES else _planned(family),
+                _known(family),
                 serving,
                 tested(family),
             )
@@ -146,10 +144,13 @@ def table() -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _planned(family) -> str:
-    from slime_plugins.lora.base import moe
+def _known(family: Family) -> str:
+    """By ``rehearse``, by ``plan``, or by both."""
+    from slime_plugins.lora.base import decoder, moe
 
-    return "`plan`" if family.architecture in moe.ARCHITECTURES else "no"
+    rehearsed = family.architecture in decoder.ARCHITECTURES
+    planned = family.architecture in (*decoder.DENSE, *moe.ARCHITECTURES)
+    return {(True, True): "yes", (True, False): "`rehearse`", (False, True): "`plan`"}.get((rehearsed, planned), "no")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import time
 
+import families
 import pytest
 import torch
 from harness import Layout, WorkerError
@@ -115,6 +116,25 @@ def test_experts_and_linear_attention(pool2, checkpoints, family):
 def test_experts_on_two_ranks(pool2, checkpoints, family):
     assert_same_logits(pool2, checkpoints[family], ep=2, etp=1)
     assert_same_logits(pool2, checkpoints[family], tp=2, sp=True, ep=2, etp=1)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_language_model_of_a_vision_base(pool2, tmp_path, name):
+    """Refused as it is on the hub, and taken as the refusal says to write it: experts stacked, then."""
+    from transformers import AutoModelForCausalLM
+
+    from slime_plugins.lora.base.decoder import HFBase
+
+    whole = families.make(tmp_path / "whole", name, text={"vocab_size": VOCAB, "moe_intermediate_size": 16})
+    with pytest.raises(ValueError, match=r"sees images, .* save_original_format=False") as error:
+        HFBase.read(whole)
+    assert "\n" not in str(error.value)
+    model = AutoModelForCausalLM.from_pretrained(whole)
+    model.save_pretrained(tmp_path / "named otherwise")
+    with pytest.raises(ValueError, match=r"layers lie under model\.language_model\.layers, as"):
+        HFBase.read(tmp_path / "named otherwise")
+    model.save_pretrained(tmp_path / "text", save_original_format=False)
+    assert_same_logits(pool2, tmp_path / "text", **({"ep": 2, "etp": 1} if "moe" in name else {"tp": 2}))
 
 
 def test_sharded_files_and_own_head(pool2, checkpoints):

@@ -19,6 +19,7 @@ from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.base.experts import RoutedExperts, mlp_shapes
 from slime_plugins.lora.base.linear_attention import LinearAttention
 from slime_plugins.lora.base.sizes import MOST_LAYERS, Sizes, refuse_quantised
+from slime_plugins.lora.base.spelling import CANONICAL_LAYERS
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.names import in_experts, megatron_name, of_expert
 
@@ -69,6 +70,10 @@ ARCHITECTURES = _DENSE | {
     ),
 }
 _SEES_IMAGES = {"Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"}
+_AS_TEXT = (
+    "write the language model alone with transformers, "
+    "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW, save_original_format=False)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +133,10 @@ class HFBase:
         checkpoint = BaseCheckpoint(path)
         base = cls._from_config(checkpoint.config, Path(path))
         base = dataclasses.replace(base, coded=bool(checkpoint.coded))
+        if checkpoint.layer_prefix != CANONICAL_LAYERS:
+            raise ValueError(
+                f"{path}: layers lie under {checkpoint.layer_prefix[:-1]}, as beside a vision tower; {_AS_TEXT}"
+            )
         base._check_tensors(_stored_shapes(checkpoint))
         return base
 
@@ -141,8 +150,7 @@ class HFBase:
         if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             if architecture in _SEES_IMAGES:
                 raise ValueError(
-                    f"{config_file}: {architecture} sees images, and text bases alone are supported; write its "
-                    "language model with transformers, AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
+                    f"{config_file}: {architecture} sees images, and text bases alone are supported; {_AS_TEXT}"
                 )
             known = ", ".join(ARCHITECTURES)
             raise ValueError(f"{config_file}: architecture {architecture!s:.80} is not supported, only {known}")

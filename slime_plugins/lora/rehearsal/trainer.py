@@ -108,6 +108,7 @@ class RankTrainer:
             "report": str(self.report),
             "trainable_parameters": self.report.trainable_parameters,
             "total_parameters": self.report.total_parameters,
+            "parameters_of_a_rank": sum(param.numel() for chunk in self.chunks for param in chunk.parameters()),
             "device": str(self.device),
         }
 
