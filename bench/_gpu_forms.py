@@ -116,7 +116,7 @@ def te_layer(base, config):
 
     from slime_plugins.lora.rehearsal.model import RMSNorm
 
-    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=base.family.qk_norm)
     attention = layer.submodules.self_attention.submodules
     attention.core_attention, attention.q_layernorm, attention.k_layernorm = FlashAttention, RMSNorm, RMSNorm
     return layer

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import types
 from typing import Any
 
 import torch
@@ -33,11 +35,19 @@ class Case:
     def of_experts(self) -> bool:
         return "experts" in self.implementation
 
-    def ways(self, layouts: list[str]) -> tuple[list[str], list[str]]:
-        """Layouts and ways (``--lora-linears``) of its adapter."""
+    def ways(self, setting: Setting, layouts: list[str], bridge: bool) -> list[tuple[str, str]]:
+        """Layout and way (``--lora-linears``, or whose) of its adapters.
+
+        Bridge takes the gathered output of TransformerEngine's norms, which the stand-in has not.
+        """
         if self.implementation == "peft":
-            return ["fused"], ["peft"]
-        return layouts, ["taps"] if self.of_experts else ["fused", "taps"]
+            return [("fused", "peft")]
+        ways = [(layout, way) for layout in layouts for way in (["taps"] if self.of_experts else ["fused", "taps"])]
+        return ways + (
+            [("fused", "bridge")]
+            if bridge and not self.of_experts and (self.implementation == "local" or setting.tp == 1)
+            else []
+        )
 
     def widths(self, setting: Setting) -> dict[int, tuple[str, float]]:
         """Elements of a storage -> what it is. Experts see all tokens, and TP does not cut them here."""
@@ -126,6 +136,8 @@ def linear_of(case: Case, setting: Setting, layout: str | None, linears: str) ->
             one.requires_grad_(False)
     if layout is None:
         return linear
+    if linears == "bridge":
+        return _in_bridge(linear, name)
     if case.of_experts:
         name = name.replace("mlp.", "mlp.experts.")
     base, config = frozen_of(linear), LoRAConfig(rank=RANK, alpha=3 * RANK, layout=layout)
@@ -183,6 +195,36 @@ def _transformer_engine():
     from megatron.core.extensions import transformer_engine
 
     return transformer_engine
+
+
+def find_bridge(wheel: str) -> None:
+    """Let ``megatron.bridge`` be found in its wheel, without what its packages import when they are."""
+    for name in ("megatron.bridge", "megatron.bridge.peft", "megatron.bridge.utils"):
+        package = types.ModuleType(name)
+        package.__path__ = [f"{wheel}/{name.replace('.', '/')}"]
+        sys.modules[name] = package
+
+
+def _in_bridge(linear: torch.nn.Module, name: str) -> torch.nn.Module:
+    """As ``megatron.bridge.peft.lora.LoRA.transform`` wraps it."""
+    from megatron.bridge.peft.lora_layers import LoRALinear
+    from megatron.bridge.peft.utils import ParallelLinearAdapter, get_adapter_attributes_from_linear
+
+    of = get_adapter_attributes_from_linear(linear)
+    adapter = ParallelLinearAdapter(
+        of.in_features,
+        of.out_features,
+        RANK,
+        base_linear_name=name,
+        activation="identity",
+        input_is_parallel=of.input_is_parallel,
+        model_parallel_config=linear.config,
+        alpha=3 * RANK,
+        disable_tensor_parallel_comm=of.disable_tensor_parallel_comm,
+        disable_sequence_parallel_comm=of.disable_sequence_parallel_comm,
+        base_linear_is_parallel=of.base_linear_is_parallel,
+    )
+    return LoRALinear(linear, adapter)
 
 
 def _peft_linear(size_in: int, size_out: int, layout: str | None) -> torch.nn.Module:

@@ -15,7 +15,9 @@ Counted instead, of one linear with an adapter minus the same linear frozen, for
 
 The four linears of a Qwen layer, and the two of a layer of experts. TransformerEngine is the stand-in of tests/te_stub
 (its products and exchanges are TE's, its kernels torch's). ``recompute`` is a forward more, as under full activation
-recompute. PEFT's layer beside them, on one projection and so for a plain linear.
+recompute. PEFT's layer beside them, on one projection and so for a plain linear; Megatron-Bridge's with
+
+    pip download --no-deps megatron-bridge && python bench/traffic.py --bridge megatron_bridge-*.whl
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import itertools
 import sys
 from collections import Counter
 from pathlib import Path
@@ -32,7 +33,7 @@ from unittest import mock
 
 import torch
 from _harness import SETTINGS, Setting, run_ranks, table, write_json
-from _linears import EXPERTS, LINEARS, RANK, TOKENS, Case, cases_of, in_ddp, linear_of
+from _linears import EXPERTS, LINEARS, RANK, TOKENS, Case, cases_of, find_bridge, in_ddp, linear_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 STAND_IN = Path(__file__).resolve().parent.parent / "tests" / "te_stub"
@@ -113,7 +114,7 @@ def main() -> int:
     results = []
     for setting in SETTINGS:
         if not args.settings or str(setting) in args.settings:
-            results += run_ranks(count_all, setting, args.layouts)[0]
+            results += run_ranks(count_all, setting, args.layouts, args.bridge)[0]
     layers = [Layer.of(linears) for linears in by_layer(results)]
     print(f"LoRA minus frozen base, per layer; NI and NO: bytes in bf16 of the linear with most; rank r = {RANK}")
     print(render(layers))
@@ -181,7 +182,7 @@ class Layer:
 
     def over_limit(self) -> list[str]:
         """What is more than the design allows, in words."""
-        if self.implementation == "peft":
+        if self.linears in ("peft", "bridge"):
             return []
         most = {"NI": 12 if (self.implementation, self.linears) == ("te", "taps") else 8, "NO": 8}
         if self.linears == "fused":
@@ -233,19 +234,22 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
     parser.add_argument("--settings", nargs="+", metavar="SETTING", help="of TP=1 TP=2 TP=2+SP (default: all)")
+    parser.add_argument("--bridge", metavar="WHEEL", help="count Megatron-Bridge's LoRA too: its wheel, not installed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: bench/out/traffic.json")
     return parser.parse_args()
 
 
-def count_all(setting: Setting, layouts: list[str]) -> list[dict[str, Any]]:
+def count_all(setting: Setting, layouts: list[str], bridge: str | None) -> list[dict[str, Any]]:
     """One rank: a result per case, layout and way."""
+    if bridge is not None:
+        find_bridge(bridge)
     from slime_plugins.lora.layers import grouped
 
     grouped.LARGE = TOKENS // EXPERTS  # experts as they are with thousands of rows each
     results = []
     for case in cases_of(setting):
         frozen = count(case, setting, None)
-        for layout, linears in itertools.product(*case.ways(layouts)):
+        for layout, linears in case.ways(setting, layouts, bridge is not None):
             lora = count(case, setting, layout, linears)
             extra = {when: _minus(lora[when], frozen[when]) for when in ("forward", "backward", "kept")}
             results.append(
