@@ -1,0 +1,1 @@
+"""The breaks of tests/hazards.py, by the room that they are in."""
