@@ -181,9 +181,9 @@ class Clock:
 
 
 def content_digest(config: dict, tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over names, shapes and bytes, in order, and the config without where the base was."""
+    """SHA-256 over names, shapes and bytes, by name, and the config without where the base was."""
     sha = hashlib.sha256(json.dumps({**config, "base_model_name_or_path": ""}, sort_keys=True).encode())
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         sha.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return sha.hexdigest()

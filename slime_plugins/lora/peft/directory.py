@@ -270,14 +270,17 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def _own_storage(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """On the CPU, contiguous, each in memory of its own: safetensors refuses q, k, v that share one fused A."""
+    """On the CPU, contiguous, no two in the same memory: safetensors refuses q, k, v that share one fused A.
+
+    Experts may be slices of one stack, which do not overlap.
+    """
     owned: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for key in tensors:
         tensor = tensors[key].detach().cpu().contiguous()
-        if tensor.untyped_storage().data_ptr() in seen:
+        if tensor.data_ptr() in seen:
             tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
+        seen.add(tensor.data_ptr())
         owned[key] = tensor
     return owned
 
