@@ -98,9 +98,15 @@ def qwen3_4b(*, num_layers: int, tokens: int) -> Shapes:
 class Setting:
     tp: int
     sequence_parallel: bool
+    ep: int = 1
+    """Expert-parallel size; experts are cut over ``tp`` ranks, too."""
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.ep
 
     def __str__(self) -> str:
-        return f"TP={self.tp}" + ("+SP" if self.sequence_parallel else "")
+        return f"TP={self.tp}" + ("+SP" if self.sequence_parallel else "") + (f" EP={self.ep}" if self.ep > 1 else "")
 
 
 SETTINGS = (Setting(1, False), Setting(2, False), Setting(2, True))
@@ -114,7 +120,7 @@ def settings_here() -> tuple[Setting, ...]:
 
 
 def run_ranks(function: Callable[..., Any], setting: Setting, *args: Any) -> list[Any]:
-    """Call ``function(setting, *args)`` in ``setting.tp`` fresh processes under a Megatron process group.
+    """Call ``function(setting, *args)`` in ``setting.ranks`` fresh processes under a Megatron process group.
 
     Returns what each rank returned, by rank. Raises RuntimeError when a rank dies, after ending the others.
     """
@@ -124,7 +130,7 @@ def run_ranks(function: Callable[..., Any], setting: Setting, *args: Any) -> lis
         results = context.SimpleQueue()
         processes = [
             context.Process(target=_rank_main, args=(function, setting, args, rank, f"{folder}/store", results))
-            for rank in range(setting.tp)
+            for rank in range(setting.ranks)
         ]
         for process in processes:
             process.start()
@@ -144,7 +150,7 @@ def run_ranks(function: Callable[..., Any], setting: Setting, *args: Any) -> lis
                 if len(answers) < len(processes):
                     process.terminate()
                 process.join()
-    return [answers[rank] for rank in range(setting.tp)]
+    return [answers[rank] for rank in range(setting.ranks)]
 
 
 def _rank_main(function, setting: Setting, args: tuple, rank: int, store: str, results) -> None:
@@ -166,9 +172,13 @@ def init_rank(setting: Setting, rank: int, store: str) -> None:
     from megatron.core import parallel_state, tensor_parallel
 
     torch.distributed.init_process_group(
-        "gloo" if on_cpu else "nccl", init_method=f"file://{store}", world_size=setting.tp, rank=rank
+        "gloo" if on_cpu else "nccl", init_method=f"file://{store}", world_size=setting.ranks, rank=rank
     )
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=setting.tp)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=setting.tp,
+        expert_model_parallel_size=setting.ep,
+        expert_tensor_parallel_size=setting.tp if setting.ep > 1 else None,
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
 
 

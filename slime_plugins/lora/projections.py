@@ -54,7 +54,7 @@ class Adapter:
     """``fused`` or ``split``; a linear that is one projection is ``fused``."""
 
     def whole(self, linear: str, read: Callable[[str], torch.Tensor]) -> Iterator[Projection]:
-        """Its projections, one at a time.
+        """Its projections, one at a time; of stacked experts together, with A [E, rank, in] and B [E, out, rank].
 
         Args:
             linear: global Megatron name.
@@ -65,9 +65,9 @@ class Adapter:
         full_names = {full.rsplit(".", 1)[-1]: full for full in hf_names(linear)}
         for leaf, rank, scaling in zip(self.projections, self.ranks, self.scalings):
             A, B = read(piece_key("lora_A", leaf if self.layout == "split" else None)), read(piece_key("lora_B", leaf))
-            if A[rank:].any() and B[:, rank:].any():
+            if A.shape[-2] > rank and _both_beyond(A, B, rank):
                 raise ValueError(f"{full_names[leaf]} has rank {rank}, but values beyond it")
-            yield Projection(full_names[leaf], A[:rank].clone(), B[:, :rank].clone(), scaling)
+            yield Projection(full_names[leaf], A[..., :rank, :].clone(), B[..., :rank].clone(), scaling)
 
     def tensors(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """The inverse: keys -> whole tensors, out of the projections' (A, B). Of a split layout padded to one rank.
@@ -82,6 +82,11 @@ class Adapter:
                 found[piece_key("lora_A", leaf)] = pad(A, (0, 0, 0, missing))
             found[piece_key("lora_B", leaf)] = pad(B, (0, missing))
         return found
+
+
+def _both_beyond(A: torch.Tensor, B: torch.Tensor, rank: int) -> bool:
+    """Has a matrix, or one of a stack, values beyond its rank in A and in B, so that they add to the product?"""
+    return bool((A[..., rank:, :].flatten(-2).any(-1) & B[..., rank:].flatten(-2).any(-1)).any())
 
 
 def piece_key(parameter: str, leaf: str | None = None) -> str:

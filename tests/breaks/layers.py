@@ -7,8 +7,8 @@ BREAKS = [
         "1",
         "gather a gated B by plain concatenation of shards",
         "layers/pieces.py::Placement.gather",
-        "    part = piece.take(tensor)",
-        "    part = tensor if piece.key == 'lora_B.gate_proj' else piece.take(tensor)",
+        "[piece.take(shard) for shard in shards]",
+        "[shard if piece.key == 'lora_B.gate_proj' else piece.take(shard) for shard in shards]",
         "tests/ends/test_export.py -k families",
     ),
     Break(

@@ -79,7 +79,7 @@ def whole(model) -> dict[str, torch.Tensor]:
     for linear in iter_adapters(model):
         parameters, place = linear.lora_parameters(), linear.lora_placement()
         for name, pieces in linear.lora_pieces().items():
-            found |= {piece.name: place.gather(piece, parameters[name].detach()).clone() for piece in pieces}
+            found |= {key: t.clone() for key, t in place.gather(pieces, parameters[name].detach()).items()}
     return found
 
 

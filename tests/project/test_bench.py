@@ -96,6 +96,18 @@ def test_gpu_script_says_what_failed_and_goes_on(tmp_path, monkeypatch):
         assert done.returncode == 2 and done.stderr.startswith("error: torch finds no CUDA device")
 
 
+def test_collectives_of_a_sync_do_not_grow_with_experts(tmp_path):
+    """EP 2 x TP 2: a gather over tensor-parallel ranks per linear, and one over expert ranks per linear of experts."""
+    found = []
+    for experts in (4, 12):
+        sizes = ("--layers", "1", "--experts", str(experts), "--repeats", "1", "--seconds", "60")
+        found.append(bench("sync.py", tmp_path / f"{experts}.json", *sizes)[0])
+    few, many = found
+    assert many["tensors"] - few["tensors"] == 8 * 6  # gate, up and down, A and B of eight experts more
+    assert few["calls"] == many["calls"] == {"allgather_": 4, "gather_": 2}
+    assert few["per_layer"] == 6 and many["in_flight"] < 1
+
+
 @pytest.mark.slow
 def test_step_time(tmp_path):
     flags = ("--hidden", "256", "--layers", "1", "--tokens", "64", "--rounds", "2", "--settings", "TP=1", "TP=2+SP")

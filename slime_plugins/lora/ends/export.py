@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from slime_plugins.lora.adapters import config_of, iter_adapters, iter_token_rows, refuse_trained_base
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.checkpoint.model import other_base, stored_as
 from slime_plugins.lora.layers import LoRALinear
-from slime_plugins.lora.names import in_experts
+from slime_plugins.lora.layers.pieces import stacked_pieces
+from slime_plugins.lora.names import in_experts, of_expert
 from slime_plugins.lora.parallel import everywhere, expert_group, gather_on_first, pipeline_group, rank
 from slime_plugins.lora.peft.directory import write_adapter
 from slime_plugins.lora.peft.experts_export import unread_by_peft
@@ -34,8 +36,7 @@ def export_peft(
             of, or what ``slime-lora dequantize`` made of that.
         moe_format: of routed experts: ``per-expert`` (vLLM, SGLang, PEFT) or ``fused`` (PEFT); see ``moe_form``.
     Collectives:
-        all_gather over each tensor- and expert-tensor-parallel group, gather_object over each expert- and
-        pipeline-parallel group, one all_gather_object, and those of ``other_base``.
+        those of ``gather_projections``, one all_gather_object, and those of ``other_base``.
     Returns:
         ``out_dir``, complete on disk when any rank returns.
     Raises:
@@ -65,14 +66,23 @@ def export_peft(
 
 
 def gather_projections(model) -> list[Projection] | None:
-    """Every adapted projection whole, in layer order, on rank 0. Other ranks get a part of them, or None."""
+    """Every adapted projection whole, in layer order, on rank 0. Other ranks get a part of them, or None.
+
+    Experts travel stacked, as they lie in the model, and are told apart when they have arrived: neither the number of
+    collectives nor what is done per message grows with the number of experts.
+
+    Collectives:
+        per linear at most one all_gather over its tensor-parallel group (three of unequal shares) and, of experts,
+        one gather over the expert group; one gather_object over the pipeline group.
+    """
     local = [projection for linear in iter_adapters(model) for projection in _whole(linear)]
     # Rank 0 is first in its expert group, and so are its peers of the other pipeline stages in theirs.
-    experts = gather_on_first([p for p in local if in_experts(p.name)], expert_group())
-    if experts is not None:
-        local = [p for p in local if not in_experts(p.name)] + experts
     found = gather_on_first(local, pipeline_group())
-    return None if found is None else sorted(found, key=lambda p: int(p.name.split(".")[2]))
+    if found is None:
+        return None
+    whole = [projection for stacked in found for projection in _one_by_one(stacked)]
+    # Experts after the rest of their layer.
+    return sorted(whole, key=lambda p: (int(p.name.split(".", 3)[2]), in_experts(p.name)))
 
 
 def gather_rows(model) -> list[VocabularyRows]:
@@ -87,13 +97,46 @@ def gather_rows(model) -> list[VocabularyRows]:
 
 
 def _whole(linear: LoRALinear) -> Iterator[Projection]:
-    """The projections of one linear's adapter, experts one by one. Collective over its tensor-parallel group."""
-    place, parameters = linear.lora_placement(), linear.lora_parameters()
-    pieces = {piece.name: (name, piece) for name, found in linear.lora_pieces().items() for piece in found}
+    """The projections of one linear's adapter, on the CPU; of experts those of all ranks, stacked, on the first.
 
-    def read(linear: str, key: str) -> torch.Tensor:
-        parameter, piece = pieces[f"{linear}.{key}"]
-        return place.gather(piece, parameters[parameter].detach()).cpu()
+    Collective over its tensor-parallel group and, of experts, over the expert group, whose other ranks get none.
+    """
+    place, parameters, spec = linear.lora_placement(), linear.lora_parameters(), linear.lora
+    tensors: dict[str, torch.Tensor] | None = {}
+    for name, pieces in stacked_pieces(linear.lora_table, spec).items():
+        tensors |= place.gather(pieces, parameters[name].detach())
+    if spec.experts is not None:
+        tensors = _of_all_experts(tensors, expert_group())
+    if tensors is not None:
+        whole = {name: tensor.cpu() for name, tensor in tensors.items()}
+        yield from spec.record.whole(spec.name, lambda key: whole[f"{spec.name}.{key}"])
 
-    for one in linear.lora.one_by_one():
-        yield from one.record.whole(one.name, partial(read, one.name))
+
+def _of_all_experts(tensors: dict[str, torch.Tensor], group: Any) -> dict[str, torch.Tensor] | None:
+    """Stacks [E, ...] of this rank's experts -> of all the layer's, on the group's first; None on the others.
+
+    One message per rank: they hold equally many experts, in the order of the group. Collective over it.
+    """
+    if group is None:
+        return tensors
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+    first = group.rank() == 0
+    parts = [torch.empty_like(flat) for _ in range(group.size())] if first else None
+    dist.gather(flat, parts, dst=dist.get_global_rank(group, 0), group=group)
+    if parts is None:
+        return None
+    sizes = [tensor.numel() for tensor in tensors.values()]
+    split = zip(*(part.split(sizes) for part in parts))
+    return {
+        name: torch.cat([part.view(tensor.shape) for part in of_ranks])
+        for (name, tensor), of_ranks in zip(tensors.items(), split)
+    }
+
+
+def _one_by_one(stacked: Projection) -> Iterator[Projection]:
+    """Itself; of stacked experts, views of each."""
+    if stacked.A.ndim == 2:
+        yield stacked
+        return
+    for number, (A, B) in enumerate(zip(stacked.A.unbind(), stacked.B.unbind())):
+        yield Projection(of_expert(stacked.name, number), A, B, stacked.scaling)

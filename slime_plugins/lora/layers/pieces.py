@@ -33,8 +33,8 @@ class Piece:
     """After the linear's name: ``lora_A``, ``lora_B.q_proj``, ..."""
     rows: slice | torch.Tensor
     """In the parameter, or in any tensor of its shape (gradient, optimizer state), on this rank."""
-    expert: int | None
-    """Position in the parameter's first dimension, where experts are stacked."""
+    expert: int | slice | None
+    """Position in the parameter's first dimension, where experts are stacked; ``slice(None)``: all of them."""
     sharded_dim: int | None
     """Dimension of the piece that is cut over tensor-parallel ranks; None: each holds it all."""
     spans: tuple[tuple[int, int], ...] = ()
@@ -47,11 +47,20 @@ class Piece:
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """This piece of a tensor of the parameter's shape, a view or a copy."""
-        return (tensor if self.expert is None else tensor[self.expert])[self.rows]
+        return tensor[self._index]
 
     def put(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         """The inverse of ``take``, in place."""
-        (tensor if self.expert is None else tensor[self.expert])[self.rows] = value.to(tensor)
+        tensor[self._index] = value.to(tensor)
+
+    @property
+    def _index(self) -> Any:
+        return self.rows if self.expert is None else (self.expert, self.rows)
+
+    def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The whole out of every rank's part."""
+        assert self.sharded_dim is not None
+        return torch.cat(list(parts), dim=self.sharded_dim + isinstance(self.expert, slice))
 
 
 @dataclass(frozen=True)
@@ -80,16 +89,19 @@ class Placement:
             offset[piece.sharded_dim] = self.shard * local[piece.sharded_dim]
         return tuple(whole), tuple(offset)
 
-    def gather(self, piece: Piece, tensor: torch.Tensor) -> torch.Tensor:
-        """The whole of a piece out of every rank's tensor of the parameter's shape. Collective over the group."""
-        part = piece.take(tensor)
-        if piece.sharded_dim is None or self.num_shards == 1:
-            return part
-        if piece.spans:
-            return self._gather_unequal(piece, part)
-        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.num_shards)]
-        dist.all_gather(parts, part.contiguous(), group=self.group)
-        return torch.cat(parts, dim=piece.sharded_dim)
+    def gather(self, pieces: Sequence[Piece], tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The whole of all pieces of a parameter, by their names, out of every rank's tensor of its shape.
+
+        Collectives:
+            one all_gather over the group, however many pieces; one per piece where shares are unequal.
+        """
+        if self.num_shards == 1 or all(piece.sharded_dim is None for piece in pieces):
+            return {piece.name: piece.take(tensor) for piece in pieces}
+        if any(piece.spans for piece in pieces):
+            return {piece.name: self._gather_unequal(piece, piece.take(tensor)) for piece in pieces}
+        shards = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.num_shards)]
+        dist.all_gather(shards, tensor.contiguous(), group=self.group)
+        return {piece.name: piece.joined([piece.take(shard) for shard in shards]) for piece in pieces}
 
     def _gather_unequal(self, piece: Piece, part: torch.Tensor) -> torch.Tensor:
         longest = max(rows for _, rows in piece.spans)
@@ -118,7 +130,16 @@ def pieces_of(table: Sequence[AdapterParameter], spec: AdapterSpec) -> dict[str,
     }
 
 
-def _pieces(parameter: AdapterParameter, spec: AdapterSpec, expert: int | None) -> Iterator[Piece]:
+def stacked_pieces(table: Sequence[AdapterParameter], spec: AdapterSpec) -> dict[str, tuple[Piece, ...]]:
+    """The same with the experts left together, so that their number costs nothing: tensors [E, ...] of each piece.
+
+    ``sharded_dim`` is counted within one expert's tensor, and the linear is the stacked one.
+    """
+    every = None if spec.experts is None else slice(None)
+    return {parameter.name: tuple(_pieces(parameter, spec, every)) for parameter in table}
+
+
+def _pieces(parameter: AdapterParameter, spec: AdapterSpec, expert: int | slice | None) -> Iterator[Piece]:
     def piece(leaf: str | None, rows: slice | torch.Tensor, spans: tuple[tuple[int, int], ...] = ()) -> Piece:
         return Piece(spec.name, piece_key(parameter.name, leaf), rows, expert, parameter.sharded_dim, spans)
 

@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.base.fingerprint import weights_digest
 from slime_plugins.lora.base.quantization import BaseQuant
 from slime_plugins.lora.files.atomic import replaced_directory
 from slime_plugins.lora.files.json_text import parse_json, read_object
-from slime_plugins.lora.files.safetensors import Stored, read_header
+from slime_plugins.lora.files.safetensors import Stored, data_of, read_header, write_tensors
 from slime_plugins.lora.files.torch_file import TorchFile
 from slime_plugins.lora.peft.checks import absent_targets, config_problems, tensor_problems
 from slime_plugins.lora.peft.config import parse_key
@@ -239,10 +237,10 @@ def write_adapter(
         raise ValueError(f"{out}: is a file, expected a directory to write the adapter to")
     if out.is_dir() and any(out.iterdir()) and not (out / CONFIG).is_file():
         raise ValueError(f"{out}: holds other files and no {CONFIG}: not an adapter, not overwritten")
-    owned = _own_storage(tensors)
+    kept = {key: tensors[key] for key in tensors}
+    data = {key: data_of(tensor) for key, tensor in kept.items()}
     metadata = {
-        "format": "pt",
-        SHA256: json.dumps({key: digest(tensor) for key, tensor in owned.items()}),
+        SHA256: json.dumps({key: _digest(tensor, data[key]) for key, tensor in kept.items()}),
         _CONFIG: json.dumps({field: config[field] for field in _MEANING if field in config}),
     }
     if base is not None:
@@ -254,8 +252,8 @@ def write_adapter(
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     with replaced_directory(out, drop=(CONFIG, SAFETENSORS, BIN)) as new:
         try:
-            save_file(owned, new / SAFETENSORS, metadata)
-        except SafetensorError as error:
+            write_tensors(new / SAFETENSORS, kept, data, metadata)
+        except OSError as error:
             raise OSError(f"{out}: cannot write {SAFETENSORS}: {error}") from error
         (new / CONFIG).write_text(text, encoding="utf-8")
         if inspect is not None:
@@ -264,22 +262,13 @@ def write_adapter(
 
 def digest(tensor: torch.Tensor) -> str:
     """SHA-256 of dtype, shape and bytes."""
+    return _digest(tensor, data_of(tensor))
+
+
+def _digest(tensor: torch.Tensor, data: memoryview) -> str:
     sha = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
-    sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    sha.update(data)
     return sha.hexdigest()
-
-
-def _own_storage(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """On the CPU, contiguous, each in memory of its own: safetensors refuses q, k, v that share one fused A."""
-    owned: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for key in tensors:
-        tensor = tensors[key].detach().cpu().contiguous()
-        if tensor.untyped_storage().data_ptr() in seen:
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        owned[key] = tensor
-    return owned
 
 
 def _tensor_keys(file: TorchFile) -> tuple[str, ...]:

@@ -147,6 +147,8 @@ def _check_fits(p: Projection, base: BaseCheckpoint) -> None:
 def _flat(p: Projection, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B padded to ``rank``, for the factor ``scaling``."""
     pad = rank - p.A.shape[0]
+    if not pad and p.scaling == scaling:
+        return p.A.detach().cpu(), p.B.detach().cpu()
     A, B = p.A.detach().cpu(), p.B.detach().cpu()
     if p.scaling != scaling:
         B = (B.float() * (p.scaling / scaling)).to(B.dtype)
