@@ -214,7 +214,7 @@ def model_of(setting: Setting, args: argparse.Namespace) -> torch.nn.Module:
     model = build_model(
         shapes,
         setting,
-        layer,
+        lambda base, config: layer,
         num_moe_experts=args.experts,
         moe_router_topk=2,
         moe_ffn_hidden_size=SIZES["expert_ffn"],

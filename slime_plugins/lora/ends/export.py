@@ -102,13 +102,12 @@ def _whole(linear: LoRALinear) -> Iterator[Projection]:
     Collective over its tensor-parallel group and, of experts, over the expert group, whose other ranks get none.
     """
     place, parameters, spec = linear.lora_placement(), linear.lora_parameters(), linear.lora
-    tensors: dict[str, torch.Tensor] | None = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, pieces in stacked_pieces(linear.lora_table, spec).items():
         tensors |= place.gather(pieces, parameters[name].detach())
-    if spec.experts is not None:
-        tensors = _of_all_experts(tensors, expert_group())
-    if tensors is not None:
-        whole = {name: tensor.cpu() for name, tensor in tensors.items()}
+    gathered = tensors if spec.experts is None else _of_all_experts(tensors, expert_group())
+    if gathered is not None:
+        whole = {name: tensor.cpu() for name, tensor in gathered.items()}
         yield from spec.record.whole(spec.name, lambda key: whole[f"{spec.name}.{key}"])
 
 

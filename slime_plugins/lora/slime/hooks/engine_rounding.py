@@ -131,7 +131,8 @@ def _int4(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _from_int4(tensors: Mapping[str, torch.Tensor], scheme: Mapping[str, Any]) -> torch.Tensor:
     values = _unpacked(tensors["weight_packed"], range(8)).float()  # [O, I]
-    scale, zeros = tensors["weight_scale"].float(), 8.0  # [O, groups]
+    scale = tensors["weight_scale"].float()  # [O, groups]
+    zeros = torch.tensor(8.0, device=values.device)
     if not scheme["symmetric"]:
         of_groups = _unpacked(tensors["weight_zero_point"], _AWQ_ORDER).t().float()
         zeros = of_groups.repeat_interleave(scheme["group_size"], 1)
