@@ -5,18 +5,16 @@ pytest tests/peft/test_families.py
 
 from __future__ import annotations
 
-import re
 import warnings
 
 import families
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, projections
 from safetensors.torch import load_file, save_file
 
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.base.merge import merge_checkpoint
-from slime_plugins.lora.names import LINEARS, megatron_name
 from slime_plugins.lora.peft import form
 from slime_plugins.lora.peft.directory import write_adapter
 from slime_plugins.lora.peft.form import to_peft
@@ -37,27 +35,6 @@ def bases(tmp_path_factory):
         return made[name]
 
     return get
-
-
-def projections(base: BaseCheckpoint) -> list[Projection]:
-    """A trained adapter of rank 4 on everything that all-linear adapts."""
-    generator, found = torch.Generator().manual_seed(1), []
-    for stored in sorted(base.linears):
-        name = base.canonical(stored)
-        if base.layer_of(stored) is None or not takes(name, base.mla):
-            continue
-        rows, columns = base.linear_shape(stored)
-        A, B = (torch.randn(*size, generator=generator) * 0.2 for size in ((4, columns), (rows, 4)))
-        found.append(Projection(name, A, B, 2.0))
-    return found
-
-
-def takes(name: str, mla: bool) -> bool:
-    try:
-        path = megatron_name(name, mla=mla)[0].split(".", 3)[3]
-    except KeyError:
-        return False
-    return not LINEARS[re.sub(r"experts\.\d+\.", "experts.", path)].by_name_only
 
 
 def logits(model) -> torch.Tensor:
@@ -165,9 +142,11 @@ def test_what_servers_leave_out_is_said(bases, tmp_path):
     report = verify_adapter(tmp_path / "adapter", path)
     assert report.ok
     said = "\n".join(warning.message for warning in report.warnings)
-    assert f"vLLM leaves out 1 of 14 without an error: it serves the language model alone (first: {tower})" in said
-    assert "SGLang leaves out 1 of 14" in said and "SGLang leaves out 2 of 14" in said and "q, k and v" in said
-    assert "in_proj_qkv" not in report.loaders[PEFT] and report.loaders[SGLANG].count("without an error") == 2
+    assert "vLLM leaves out 1 of 14 without an error: it serves the language model alone" in said
+    assert said.count(f"(first: {tower})") == 2 and "SGLang refuses the adapter for 1 of 14: it has no room" in said
+    assert "SGLang refuses the adapter for 2 of 14: it takes q, k and v of linear attention one by one" in said
+    assert "in_proj_qkv" not in report.loaders[PEFT]
+    assert report.loaders[SGLANG].count("refuses the adapter") == 2
 
 
 def test_a_convolution_of_the_same_leaf_is_no_target(bases, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from slime_plugins.lora.base.checkpoint import BaseCheckpoint
+from slime_plugins.lora.names import LINEARS, megatron_name
+from slime_plugins.lora.projections import Projection
 
 HIDDEN = 32
 TEXT: dict[str, Any] = dict(
@@ -190,3 +195,24 @@ def load(path: Path, name: str):
 
     cls = getattr(transformers, FAMILIES[name].model)
     return cls.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def projections(base: BaseCheckpoint) -> list[Projection]:
+    """A trained adapter of rank 4 on everything that all-linear adapts."""
+    generator, found = torch.Generator().manual_seed(1), []
+    for stored in sorted(base.linears):
+        name = base.canonical(stored)
+        if base.layer_of(stored) is None or not _takes(name, base.mla):
+            continue
+        rows, columns = base.linear_shape(stored)
+        A, B = (torch.randn(*size, generator=generator) * 0.2 for size in ((4, columns), (rows, 4)))
+        found.append(Projection(name, A, B, 2.0))
+    return found
+
+
+def _takes(name: str, mla: bool) -> bool:
+    try:
+        path = megatron_name(name, mla=mla)[0].split(".", 3)[3]
+    except KeyError:
+        return False
+    return not LINEARS[re.sub(r"experts\.\d+\.", "experts.", path)].by_name_only

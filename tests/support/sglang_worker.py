@@ -122,7 +122,7 @@ def unpinned() -> Iterator[None]:
 
 
 @functools.cache
-def wheel_of(version: str, tp: int = 1, rank: int = 0) -> Wheel:
+def wheel_of(version: str, tp: int = 1, rank: int = 0, strict: bool = True) -> Wheel:
     """SGLang's LoRA modules, with what they need from the rest of it. Skips the test where there is no wheel."""
     wheel = Wheel(unpacked("sglang", version), "sglang", REAL)
     library("msgspec")
@@ -135,7 +135,7 @@ def wheel_of(version: str, tp: int = 1, rank: int = 0) -> Wheel:
     )  # fmt: skip
     lora = Quiet(
         enable_lora_overlap_loading=False, lora_eviction_policy="lru", experts_shared_outer_loras=None,
-        lora_use_virtual_experts=False, lora_strict_loading=True, enable_lora=True, max_loaded_loras=None,
+        lora_use_virtual_experts=False, lora_strict_loading=strict, enable_lora=True, max_loaded_loras=None,
     )  # fmt: skip
     runners = wheel.take("sglang.srt.layers.moe.utils", *RUNNER_CLASSES[version], Enum=Enum).MoeRunnerBackend
     give: Callable[..., None] = wheel.give
@@ -199,10 +199,21 @@ class Worker:
     """A rank that serves one base."""
 
     def __init__(
-        self, version: str, hf_dir: Path, target_modules: list[str], max_rank: int, *, tp=1, rank=0, fused_shared=False
+        self,
+        version: str,
+        hf_dir: Path,
+        target_modules: list[str],
+        max_rank: int,
+        *,
+        tp: int = 1,
+        rank: int = 0,
+        fused_shared: bool = False,
+        strict: bool = True,
     ) -> None:
-        self.wheel = wheel_of(version, tp, rank)
-        self.config = types.SimpleNamespace(**json.loads((Path(hf_dir) / "config.json").read_text()))
+        """``strict``: as ``--lora-sync adapter`` starts engines; False is the default of ``--lora-strict-loading``."""
+        self.wheel = wheel_of(version, tp, rank, strict)
+        config = json.loads((Path(hf_dir) / "config.json").read_text())
+        self.config = types.SimpleNamespace(**config | (config.get("text_config") or {}))
         self.model = sglang_model(self.config, version, tp, rank, fused_shared=fused_shared)
         settings: dict[str, Any] = dict(
             base_model=self.model,
@@ -212,7 +223,7 @@ class Worker:
             dtype=torch.bfloat16,
             server_args=Quiet(
                 enable_lora_overlap_loading=False, lora_eviction_policy="lru", experts_shared_outer_loras=None,
-                lora_use_virtual_experts=False, lora_strict_loading=True,
+                lora_use_virtual_experts=False, lora_strict_loading=strict,
             ),
             max_lora_rank=max_rank,
             target_modules=set(target_modules),

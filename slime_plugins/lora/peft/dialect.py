@@ -1,8 +1,8 @@
 """An adapter as SGLang takes it, where that is not as PEFT has it: the projections of linear attention.
 
-SGLang (0.5.15 to 0.5.23) has one linear for Hugging Face's in_proj_qkv and in_proj_z, and skips adapters of those
-names with a warning. It takes all four of in_proj_q, in_proj_k, in_proj_v and in_proj_z: here q, k and v are the rows
-of in_proj_qkv's B with its A, which is the same update at the same rank; one of the two that has no adapter gets
+SGLang (0.5.15 to 0.5.23) has one linear for Hugging Face's in_proj_qkv and in_proj_z, and refuses adapters that have
+those names as targets. It takes all four of in_proj_q, in_proj_k, in_proj_v and in_proj_z: here q, k and v are the
+rows of in_proj_qkv's B with its A, which is the same update at the same rank; one of the two that has no adapter gets
 zeros.
 """
 

@@ -1,7 +1,8 @@
-"""Who takes an adapter, and of which of its modules nobody would notice that they are left out. Pure.
+"""Who takes an adapter, who refuses it, and of which modules nobody would notice that they are left out. Pure.
 
-What stands here was measured (tests/peft/test_families.py, tests/contracts) or read: PEFT 0.21.2 with transformers
-5.23, SGLang 0.5.15 and 0.5.23, vLLM's issues 34186, 48019 and 48974.
+What stands here was measured (tests/peft/test_families.py, tests/contracts/test_names.py): PEFT 0.21.2 with
+transformers 5.23, SGLang 0.5.15 and 0.5.23, vLLM 0.33; or read: vLLM's issues 34186, 48019 and 48974. A server is
+taken to be started with its defaults, and with the adapter's own targets.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ _BOTH_IN_VLLM = {"qwen2_vl", "qwen2_5_vl", "llava"}
 """Families whose map in vLLM has the names of the files and those of the modules."""
 _BOTH_IN_PEFT = {"llava"}
 """Families of which PEFT renames the names of the files, too."""
-_THREE_DIMENSIONS_IN_VLLM = {"qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe"}
-"""Families whose experts vLLM (0.33) has stacked (``is_3d_moe_weight``), so that it reads fused adapters of them."""
-_SLICED_BY_SGLANG = (".linear_attn.in_proj_qkv", ".linear_attn.in_proj_z")
+_THREE_DIMENSIONS_IN_VLLM = {"qwen3_5_moe", "qwen3_vl_moe"}
+"""Bases whose experts vLLM (0.33) has stacked (``is_3d_moe_weight``), so that it reads them fused alone."""
+_LEAVES_OF_SGLANG = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Targets for which SGLang makes room whatever the model; of others it asks the model, and stops at a "no"."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,14 @@ class Rule:
     holds: Callable[[Adapted, str], bool]
     warns: bool = True
     """Is it news? False where it is a problem of its own (names), or what was asked for."""
+    refuses: bool = False
+    """Does the loader stop at them, with an error, instead of leaving them out?"""
+    before: str | None = None
+    """The version of the loader from which it does not hold any more."""
 
 
 def left_out(adapted: Adapted, modules: Iterable[str]) -> dict[str, dict[Rule, list[str]]]:
-    """Loader -> rule -> modules that it leaves out without an error; {} for a loader that takes them all."""
+    """Loader -> rule -> modules that it leaves out, or at which it stops; {} for a loader that takes them all."""
     modules = sorted(modules)
     found: dict[str, dict[Rule, list[str]]] = {}
     for loader, rules in _RULES.items():
@@ -75,10 +81,16 @@ def misnamed(adapted: Adapted, modules: Iterable[str]) -> list[str]:
 
 def describe(reasons: dict[Rule, list[str]], count: int) -> str:
     """One loader's part of ``left_out`` in words, of an adapter of ``count`` modules."""
-    if not reasons:
-        return "takes all"
-    left = (f"leaves out {len(modules)} of {count} without an error: {rule.why}" for rule, modules in reasons.items())
-    return "; ".join(left)
+    return "; ".join(_words(rule, len(modules), count) for rule, modules in reasons.items()) or "takes all"
+
+
+def _words(rule: Rule, left: int, count: int) -> str:
+    what = (
+        f"refuses the adapter for {left} of {count}"
+        if rule.refuses
+        else f"leaves out {left} of {count} without an error"
+    )
+    return f"{f'before {rule.before} ' if rule.before else ''}{what}: {rule.why}"
 
 
 def warnings(found: dict[str, dict[Rule, list[str]]], count: int) -> list[str]:
@@ -127,13 +139,34 @@ def _experts_fused(adapted: Adapted, module: str) -> bool:
 
 
 def _other_form_than_vllms(adapted: Adapted, module: str) -> bool:
-    stacked = adapted.base.model_type(adapted.spelling) in _THREE_DIMENSIONS_IN_VLLM
+    stacked = adapted.base.model_type() in _THREE_DIMENSIONS_IN_VLLM
     return experts_of(module) is not None and adapted.fused is not stacked
+
+
+def _stops_at_tower(adapted: Adapted, module: str) -> bool:
+    """Has SGLang no room for its leaf, or does it take it for a layer of the language model?"""
+    leaf_is_known = module.rpartition(".")[2] in _LEAVES_OF_SGLANG and ".layers." not in module
+    return adapted.is_tower(module) and not leaf_is_known
+
+
+def _linear_attention_in_pieces(adapted: Adapted, module: str) -> bool:
+    return ".linear_attn.in_proj_" in module and adapted.base.text_config.get("model_type") != "qwen3_next"
+
+
+def _no_room_in_qwen3_next(adapted: Adapted, module: str) -> bool:
+    leaf = module.rpartition(".")[2]
+    is_next = adapted.base.text_config.get("model_type") == "qwen3_next"
+    return is_next and (".linear_attn." in module or leaf in ("q_proj", "k_proj", "v_proj"))
+
+
+def _shared_of_qwen2(adapted: Adapted, module: str) -> bool:
+    family = adapted.base.text_config.get("model_type")
+    return ".shared_expert." in module and family in ("qwen2_moe", "qwen3_next")
 
 
 _FOR_TEXT = Rule("named for the language model's own class, it acts on that alone", _other_class, warns=False)
 _ONE_BY_ONE = Rule("of this family it reads fused experts alone: --moe-format fused", _experts_one_by_one)
-_FUSED = Rule("it reads experts one by one: --moe-format per-expert", _experts_fused, warns=False)
+_FUSED = Rule("it reads experts one by one: --moe-format per-expert", _experts_fused, warns=False, refuses=True)
 _RULES: dict[str, tuple[Rule, ...]] = {
     PEFT: (_FOR_TEXT, Rule("it goes by the names of modules: --names module", _peft_names, warns=False), _ONE_BY_ONE),
     LOAD_ADAPTER: (
@@ -142,22 +175,45 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         _ONE_BY_ONE,
     ),
     VLLM: (
-        Rule("its map has the names of modules alone: --names module", _vllm_names, warns=False),
-        Rule("it serves the language model alone", Adapted.is_tower),
+        Rule(
+            "it reads the other form of this base's experts: --moe-format",
+            _other_form_than_vllms,
+            warns=False,
+            refuses=True,
+        ),
+        Rule("its map had the names of modules alone: --names module", _vllm_names, warns=False, before="0.33"),
+        Rule(
+            "it serves the language model alone, unless it is started with --enable-tower-connector-lora",
+            Adapted.is_tower,
+        ),
         Rule(
             "loaded and never applied (vllm issue 48974)",
             lambda adapted, module: module.endswith(".kv_b_proj"),
             warns=False,
         ),
-        Rule("it reads the other form of this family's experts: --moe-format", _other_form_than_vllms, warns=False),
     ),
     SGLANG: (
+        Rule("it has no room for adapters of such modules", _stops_at_tower, refuses=True),
         Rule("it serves the language model's layers alone", Adapted.is_tower),
         Rule(
             "it takes q, k and v of linear attention one by one: use --lora-sync, or merge the adapter into its base",
-            lambda adapted, module: module.endswith(_SLICED_BY_SGLANG),
+            _linear_attention_in_pieces,
+            refuses=True,
         ),
+        Rule(
+            "it makes room for linear attention in Qwen3.5 alone, and none for the gate in Qwen3-Next's q_proj; merge "
+            "the adapter into its base",
+            _no_room_in_qwen3_next,
+            refuses=True,
+        ),
+        Rule(
+            "it sizes the shared expert by the wrong width; take a newer one, or merge the adapter into its base",
+            _shared_of_qwen2,
+            refuses=True,
+            before="0.5.23",
+        ),
+        Rule("it serves no adapter of the router", lambda adapted, m: m.endswith(".mlp.gate"), refuses=True),
         _FUSED,
     ),
 }
-"""Loader -> why modules are left out."""
+"""Loader -> why modules are left out, or refused."""
