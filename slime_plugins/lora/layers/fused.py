@@ -113,35 +113,46 @@ class OneProduct:
     the A that they see, and zeros.
     """
 
-    def __init__(self, spec: AdapterSpec, rows: int, device: torch.device) -> None:
+    def __init__(self, spec: AdapterSpec, rows: int) -> None:
         """``rows``: of the base's shard."""
         self._shape = (rows, spec.num_A, spec.rank)
         uniform = len(set(spec.scalings)) == 1
         self.scaling = spec.scalings[0] if uniform else 1.0
         """On h; where projections have different ones they are in the dense matrix."""
-        self._places, self._factors = None, None
+        self._places: torch.Tensor | None = None
+        self._factors: torch.Tensor | None = None
         if not spec.in_base_order:
             column = [block.cols.start // spec.rank for block in spec.blocks]
             places = [block.out.run_index() * spec.num_A + c for block, c in zip(spec.blocks, column)]
-            self._places = torch.cat(places).to(device)
+            self._places = torch.cat(places)
         if not uniform:
             factors = [torch.full((block.out.size, 1), block.scaling) for block in spec.blocks]
-            self._factors = torch.cat(factors).to(device)
+            self._factors = torch.cat(factors)
 
     def dense(self, B: torch.Tensor) -> torch.Tensor:
         """[O, C] of B [rows, R]."""
         if self._places is None:
             return B
         rows, stacked, rank = self._shape
-        scaled = B if self._factors is None else B * self._factors.to(B.dtype)
-        return B.new_zeros(rows * stacked, rank).index_copy_(0, self._places, scaled).view(rows, stacked * rank)
+        places, factors = self._on(B.device)
+        scaled = B if factors is None else B * factors.to(B.dtype)
+        return B.new_zeros(rows * stacked, rank).index_copy_(0, places, scaled).view(rows, stacked * rank)
 
     def dB(self, dense: torch.Tensor) -> torch.Tensor:
         """B's gradient out of the dense matrix's."""
         if self._places is None:
             return dense
-        dB = dense.reshape(-1, self._shape[2]).index_select(0, self._places)
-        return dB if self._factors is None else dB * self._factors.to(dB.dtype)
+        places, factors = self._on(dense.device)
+        dB = dense.reshape(-1, self._shape[2]).index_select(0, places)
+        return dB if factors is None else dB * factors.to(dB.dtype)
+
+    def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Moved once: a model may be built on the CPU and go to its device later."""
+        assert self._places is not None
+        if self._places.device != device:
+            self._places = self._places.to(device)
+            self._factors = None if self._factors is None else self._factors.to(device)
+        return self._places, self._factors
 
     @property
     def is_B(self) -> bool:
@@ -303,7 +314,7 @@ class Fused:
 
     def __init__(self, linear: Any) -> None:
         self._linear = linear
-        self._up = OneProduct(linear.lora, linear.lora_base.shape[0], linear.lora_A.device)
+        self._up = OneProduct(linear.lora, linear.lora_base.shape[0])
 
     def __call__(
         self,

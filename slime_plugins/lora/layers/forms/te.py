@@ -106,6 +106,8 @@ class LoRATELayerNormColumnParallelLinear(_LoRATELinear, TELayerNormColumnParall
             return f"a {self.normalization} in front"
         if self.zero_centered_gamma:
             return "a zero-centered norm in front"
+        if torch.cuda.is_available() and not hasattr(torch.ops.aten, "_fused_rms_norm"):
+            return "a torch before 2.9, without a fused RMSNorm"
         return super().lora_why_not_fused()
 
     @property
