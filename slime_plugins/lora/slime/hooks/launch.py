@@ -166,9 +166,8 @@ def _warn_of_quantised_rollouts(args: Namespace) -> None:
     if launch.base.get("quantization_config") and not launch.adapter_sync and not args.debug_train_only:
         warnings.warn(
             f"--hf-checkpoint {args.hf_checkpoint} is quantised, and --lora-sync merged sends W + update in that "
-            "form: updates below its step are lost; watch train/lora/sync_lost_engine, which measures it with slime's "
-            "quantiser (0: nothing lost, 1 or more: the engine does not have the update); --lora-sync adapter has no "
-            "such loss",
+            "form: updates below its step are lost, and train/lora/sync_lost, which counts the rounding to the base's "
+            "own dtype, does not see it; --lora-sync adapter keeps them",
             stacklevel=3,
         )
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,9 +22,6 @@ from slime_plugins.lora.layers import Carrier, LoRALinear, TokenRows
 from slime_plugins.lora.names import is_adapter
 from slime_plugins.lora.projections import Rounding
 from slime_plugins.lora.quant.packed import PackedWeight, dense_of, noted
-from slime_plugins.lora.slime.hooks.engine_rounding import EngineRounding
-
-logger = logging.getLogger(__name__)
 
 
 class Values(Protocol):
@@ -60,8 +56,6 @@ class Sync:
     seconds: float = 0.0
     rounding: Rounding = field(default_factory=Rounding)
     """Of this rank's shards: what the merged update is, and what rounding has put back to the base's value."""
-    engine: EngineRounding | None = None
-    """The same after the engine's quantisation, of some of them; None where weights are sent as they are."""
     read_bytes: float = 0.0
     """Of weights that this rank alone has read for the engine, outside of buckets that all gather: its own experts."""
     merged: set[int] = field(default_factory=set)
@@ -80,8 +74,6 @@ def syncing(update_weights):
         if not has_adapters(getattr(self, "model", None)):
             return update_weights(self)
         with sending(self.model, self.weights_backuper) as sync:
-            config = getattr(getattr(self, "weight_updater", None), "quantization_config", None)
-            sync.engine = EngineRounding.of(getattr(self, "args", None), config, sync.linears)
             result = update_weights(self)
         # No collective here: with --offload-train slime has taken the process groups down by now.
         if sync.bytes or sync.read_bytes:  # slime skips the sync where there is no engine
@@ -140,7 +132,7 @@ def merging_one(all_gather_param):
         if _current is None:
             return all_gather_param(name, param)
         if id(param) in _current.linears:
-            merged = torch.nn.Parameter(merge(*_current.linears[id(param)], param, name=name), requires_grad=False)
+            merged = torch.nn.Parameter(merge(*_current.linears[id(param)], param), requires_grad=False)
             merged.__dict__.update(noted(param))  # tensor_model_parallel, partition_dim, parallel_mode
             param = merged
         elif isinstance(param, PackedWeight):  # an unadapted linear of a 4-bit base
@@ -207,7 +199,7 @@ class MergedWeights(Mapping):
         adapted = self._linears.get(id(parameter))
         if _current is not None:
             _current.read_bytes += tensor.numel() * tensor.element_size()
-        return dense_of(tensor) if adapted is None else merge(*adapted, tensor, self._policies, name)
+        return dense_of(tensor) if adapted is None else merge(*adapted, tensor, self._policies)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._live)
@@ -218,11 +210,7 @@ class MergedWeights(Mapping):
 
 @torch.no_grad()
 def merge(
-    linear: LoRALinear | TokenRows,
-    index: int,
-    base: torch.Tensor,
-    values: Values | None = None,
-    name: str = "",
+    linear: LoRALinear | TokenRows, index: int, base: torch.Tensor, values: Values | None = None
 ) -> torch.Tensor:
     """W + scaling B A of this rank's shard: added in float32, rounded once, in new memory on the current device.
 
@@ -230,29 +218,14 @@ def merge(
         index: of the base parameter, in ``FrozenLinear.parameters``.
         base: that parameter, live or a copy in host memory.
         values: where the adapter's values are while the trainer is offloaded; the current sync's by default.
-        name: slime's of that parameter.
     """
     values = values or (_current.policies if _current else None)
     device = torch.cuda.current_device() if torch.cuda.is_available() else base.device
     with values.adapter_values(linear) if values else contextlib.nullcontext():
-        base = base.detach().to(device)
-        merged = linear.lora_merged(index, base, _current.rounding if _current else None)
-        _measure_engine(linear, index, base, merged, name)
+        merged = linear.lora_merged(index, base.detach().to(device), _current.rounding if _current else None)
     if _current is not None:
         _current.merged.add(id(linear.lora_base.parameters[index]))
     return merged
-
-
-def _measure_engine(linear, index: int, base: torch.Tensor, merged: torch.Tensor, name: str) -> None:
-    """What the engine's quantisation does to the update of a sampled parameter. A form it cannot read: said once."""
-    engine = _current.engine if _current is not None else None
-    if engine is None or id(linear.lora_base.parameters[index]) not in engine.sampled:
-        return
-    try:
-        engine.add(name, linear, index, linear.lora_base.dense(index, base), merged)
-    except ValueError as error:
-        logger.warning("LoRA: %s", error)
-        engine.sampled = frozenset()
 
 
 def _offloaded_copy(parameter: torch.Tensor) -> torch.Tensor:

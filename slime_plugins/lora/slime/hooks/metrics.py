@@ -7,8 +7,6 @@ train/lora/sync_bytes       what one engine received in the last weight sync
 train/lora/sync_seconds     how long it took
 train/lora/sync_lost        share of the merged update (sum of |scaling B A|) on weights that rounding to the
                             base's dtype has left as they were
-train/lora/sync_lost_engine the same after the engine's own quantisation (FP8, INT4), as a ratio of norms, from up to 8
-                            base parameters per rank (``engine_rounding``)
 """
 
 from __future__ import annotations
@@ -99,7 +97,6 @@ def measure(model) -> dict[str, float]:
     sync = state_of(model).last_sync
     # Shards of one tensor-parallel group; a share of sums, for which experts need no exact weighing.
     counts = [sync.rounding.size, sync.rounding.lost, len(sync.merged)] if sync else [0.0, 0.0, 0]
-    counts += [sync.engine.update, sync.engine.lost] if sync and sync.engine else [0.0, 0.0]
     sent = torch.tensor([float(count) for count in counts], dtype=torch.float64, device=device)
     _all_reduce(sent, mpu.get_tensor_model_parallel_group())
     size = torch.tensor([sync.bytes if sync else 0.0], dtype=torch.float64, device=device)
@@ -110,7 +107,7 @@ def measure(model) -> dict[str, float]:
     seconds = torch.tensor([sync.seconds if sync else 0.0], device=device)
     _all_reduce(totals, mpu.get_pipeline_model_parallel_group())
     _all_reduce(seconds, mpu.get_pipeline_model_parallel_group(), dist.ReduceOp.MAX)
-    update, ratios, count, dead, sent_update, lost, merged, engine_update, engine_lost, size = totals.tolist()
+    update, ratios, count, dead, sent_update, lost, merged, size = totals.tolist()
     measured = {"update_norm": update**0.5, "update_ratio": ratios / max(count, 1), "dead": dead}
     if size:
         measured.update(sync_bytes=size, sync_seconds=seconds.item())
@@ -118,8 +115,6 @@ def measure(model) -> dict[str, float]:
         measured["rows_norm"] = _rows_norm(model, device)
     if merged:  # the very first update is zero, and none of it is lost
         measured["sync_lost"] = lost / (sent_update or 1)
-    if engine_update:
-        measured["sync_lost_engine"] = (engine_lost / engine_update) ** 0.5
     return measured
 
 
