@@ -67,7 +67,7 @@ class Sync:
     merged: set[int] = field(default_factory=set)
     """``id`` of every base weight that has been merged; all of them, in a sync that has gone well."""
     updater: Any = None
-    """slime's, whose arguments, model name and quantisation make of a weight what engines get; None: not for engines."""
+    """slime's: its arguments, model name and quantisation make of a weight what engines get. None: not for engines."""
     loss: quantised_sync.Loss | None = None
     """Of a quantised copy in the engines, of this pipeline stage: what is left of the update."""
 

@@ -2,8 +2,8 @@
 
 With W the base, D the update and q what slime sends, ``lost`` is |(q(W + D) - q(W)) - D| / |D| (Frobenius norms, over
 the sample together): 0 where all of D arrives, 1 where the engines are as far from the trained policy as the base is.
-Rounding may move them further than that: a weight jumps by a whole step or not at all, and a block whose largest weight
-changes gets another scale. So small updates have values well above 1.
+Rounding may move them further than that: a weight jumps by a whole step or not at all, and a block whose largest
+weight changes gets another scale. So small updates have values well above 1.
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ def dequantised(scheme: Scheme, sent: Mapping[str, torch.Tensor], name: str, row
     return weight.float().mul_(_fp8_scales(scheme, sent, stem, rows, weight.shape[1]))
 
 
-def _fp8_scales(scheme: Scheme, sent: Mapping[str, torch.Tensor], stem: str, rows: slice, columns: int) -> torch.Tensor:
+def _fp8_scales(
+    scheme: Scheme, sent: Mapping[str, torch.Tensor], stem: str, rows: slice, columns: int
+) -> torch.Tensor:
     """Factors that broadcast over [rows, I]."""
     key = f"{stem}.weight_scale" if scheme.block is None else f"{stem}.weight_scale_inv"
     if key not in sent:
