@@ -132,7 +132,6 @@ def test_the_sample_has_every_kind_and_is_small():
 )  # fmt: skip
 def test_schemes(config, expected):
     assert str(scheme_of(config)) == expected
-    assert scheme_of(config, "bridge") is None
 
 
 @pytest.fixture(scope="module")

@@ -21,14 +21,9 @@ class Scheme:
         return f"{name}, one scale per " + ("tensor" if self.block is None else f"{self.block[0]} x {self.block[1]}")
 
 
-def scheme_of(quantization: Any, mode: str | None = "raw") -> Scheme | None:
-    """The scheme that slime v0.2.4 to v0.3.1 quantises by; None without one, or where it is none of these.
-
-    Args:
-        quantization: ``quantization_config``.
-        mode: ``--megatron-to-hf-mode``, where this slime has it; ``bridge`` converts in another way.
-    """
-    if not isinstance(quantization, Mapping) or mode == "bridge":
+def scheme_of(quantization: Any) -> Scheme | None:
+    """The scheme that slime v0.2.4 to v0.3.1 quantises by a ``quantization_config``; None without one, or another."""
+    if not isinstance(quantization, Mapping):
         return None
     try:
         if quantization.get("quant_method") == "fp8" and quantization.get("fmt", "e4m3") == "e4m3":

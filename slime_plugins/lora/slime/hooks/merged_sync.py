@@ -72,8 +72,7 @@ class Sync:
     """Of a quantised copy in the engines, of this pipeline stage: what is left of the update."""
 
     def __post_init__(self) -> None:
-        mode = getattr(getattr(self.updater, "args", None), "megatron_to_hf_mode", None)
-        scheme = scheme_of(getattr(self.updater, "quantization_config", None), mode)
+        scheme = scheme_of(getattr(self.updater, "quantization_config", None))
         if scheme is not None:
             self.loss = quantised_sync.Loss(scheme)
 
