@@ -36,6 +36,8 @@ class ModelState:
     """slime.hooks: what the last weight sync came to."""
     compared_with_engines: bool = False
     """slime.hooks: has the first step's log-prob difference been looked at?"""
+    told_of_loss: bool = False
+    """slime.hooks: has it been said what the engines' quantisation loses?"""
     base_squares: dict[LoRALinear, torch.Tensor] = field(default_factory=dict)
     """slime.hooks: sum of squares of base weights."""
 

@@ -98,6 +98,20 @@ def test_the_good_one_is_good(capsys, versions):
         assert code == 0, out
 
 
+@pytest.mark.parametrize(
+    "words, way",
+    [
+        ("--lora-sync adapter", "files in memory (/dev/shm) where the job is on one machine"),
+        ("--lora-sync adapter --lora-sync-dir /shared/sync", "files in --lora-sync-dir /shared/sync"),
+        ("", None),
+    ],
+)
+def test_how_adapters_will_go_to_the_engines(capsys, versions, words, way):
+    code, out = doctor(capsys, "--", *GOOD.split(), *words.split())
+    found = [line for line in out.splitlines() if "adapters go to the engines as" in line]
+    assert code == 0 and len(found) == (way is not None) and all(way in line for line in found), out
+
+
 @pytest.mark.parametrize("words, way_out", BAD)
 def test_a_bad_combination_is_named_with_the_way_out(capsys, versions, words, way_out):
     code, out = doctor(capsys, "--", *GOOD.split(), *words.split())

@@ -19,7 +19,7 @@ from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.slime.hooks import launch as hooks
 from slime_plugins.lora.slime.hooks.refusal import Launch
 from slime_plugins.lora.slime.hooks.refusals import refused
-from slime_plugins.lora.slime.hooks.serving import SERVING
+from slime_plugins.lora.slime.hooks.serving import SERVING, transport
 from slime_plugins.lora.slime.patch import checkout, plugin
 
 KNOWN = {
@@ -148,6 +148,8 @@ def _arguments(words: Sequence[str]) -> Iterator[Finding]:
         yield Finding("WRONG", "arguments", text)
     for text in dict.fromkeys(str(warning.message) for warning in warned):
         yield Finding("warning", "arguments", text)
+    if not wrong and args.use_lora and Launch(args).adapter_sync:
+        yield Finding("ok", "sync", f"adapters go to the engines as {transport(args)}")
     if not wrong:
         yield Finding("ok", "arguments", f"{len(words)} words, none refused")
     if args.use_lora and args.hf_checkpoint and not (Path(args.hf_checkpoint) / "config.json").is_file():

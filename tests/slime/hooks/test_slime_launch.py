@@ -231,8 +231,11 @@ def test_linear_attention_is_served_under_sglangs_names(tmp_path):
 
 
 def test_merged_weights_into_a_quantised_engine_are_warned_of(tmp_path):
-    quantised = base_dir(tmp_path, model_type="qwen3", quantization_config={"quant_method": "fp8"})
+    unknown = base_dir(tmp_path, model_type="qwen3", quantization_config={"quant_method": "mxfp4"})
     with pytest.warns(UserWarning, match="sync_lost.*does not see it; --lora-sync adapter"):
+        slime_validate_args(parse("--use-lora", hf_checkpoint=unknown))
+    quantised = base_dir(tmp_path, model_type="qwen3", quantization_config={"quant_method": "fp8"})
+    with pytest.warns(UserWarning, match=r"measured after .*\(FP8, one scale per tensor\).*--lora-sync adapter"):
         slime_validate_args(parse("--use-lora", hf_checkpoint=quantised))
     slime_validate_args(parse("--use-lora", "--lora-sync", "adapter", hf_checkpoint=quantised, colocate=True))
 

@@ -82,13 +82,13 @@ def slime_python() -> str:
 @pytest.fixture(scope="session")
 def run(harness_dir, megatron_dir, slime_python, patched_slime, tmp_path_factory):
     """Run slime once per set of arguments and session; ``of`` names another run's directory to go on from, ``upset``
-    what its engines do (``upset.py``)."""
+    what its engines do (``upset.py``), ``also`` more modules of this folder that every process imports."""
     done: dict[tuple, Run] = {}
 
     def start(
-        *words: str, extra: str = "", slime: Path = patched_slime, of: Run | None = None, upset: str = "", fails=False
+        *words: str, extra="", slime: Path = patched_slime, of: Run | None = None, upset="", fails=False, also=()
     ) -> Run:
-        key = (words, extra, slime, of and of.work, upset, fails)
+        key = (words, extra, slime, of and of.work, upset, fails, also)
         if key not in done:
             work = tmp_path_factory.mktemp("run") / "work"
             if of is not None:
@@ -97,8 +97,8 @@ def run(harness_dir, megatron_dir, slime_python, patched_slime, tmp_path_factory
                 slime_python, harness_dir / "run.py", "--slime", slime, "--megatron", megatron_dir, "--work", work,
                 "--pythonpath", HERE, "--plugin", "probe", "--plugin", "served", *words, "--extra", extra,
             ]  # fmt: skip
-            if upset:
-                command[-2:-2] = ["--plugin", "upset"]
+            for plugin in (*also, *(["upset"] if upset else [])):
+                command[-2:-2] = ["--plugin", plugin]
             command, env = list(map(str, command)), {**os.environ, "SLIME_LORA_UPSET": upset}
             for _ in range(3):  # on a busy machine Ray may not come up in its time
                 with alone():

@@ -15,10 +15,11 @@ from slime_plugins.lora.config import LoRAConfig
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.slime.hooks import distillation
 from slime_plugins.lora.slime.hooks.control import flags as control
+from slime_plugins.lora.slime.hooks.engine_scheme import scheme_of
 from slime_plugins.lora.slime.hooks.paths import TRACKER, resumed_step, step_dir
 from slime_plugins.lora.slime.hooks.refusal import Launch
 from slime_plugins.lora.slime.hooks.refusals import refused
-from slime_plugins.lora.slime.hooks.serving import serve_adapters
+from slime_plugins.lora.slime.hooks.serving import serve_adapters, transport
 
 logger = logging.getLogger(__name__)
 
@@ -158,18 +159,25 @@ def validate_in_slime(args: Namespace) -> None:
         logger.warning("LoRA: --load %s is resumed; --lora-adapter-path is not read", args.load)
     if args.lora_sync == "adapter" and not args.debug_train_only:
         serve_adapters(args)
+        logger.info("LoRA: adapters go to the engines as %s", transport(args))
     control.check_rule(args)
 
 
 def _warn_of_quantised_rollouts(args: Namespace) -> None:
     launch = Launch(args)
-    if launch.base.get("quantization_config") and not launch.adapter_sync and not args.debug_train_only:
-        warnings.warn(
-            f"--hf-checkpoint {args.hf_checkpoint} is quantised, and --lora-sync merged sends W + update in that "
-            "form: updates below its step are lost, and train/lora/sync_lost, which counts the rounding to the base's "
-            "own dtype, does not see it; --lora-sync adapter keeps them",
-            stacklevel=3,
-        )
+    told = launch.base.get("quantization_config")
+    if not told or launch.adapter_sync or args.debug_train_only:
+        return
+    scheme = scheme_of(told)
+    if scheme is None:
+        measured = "which counts the rounding to the base's own dtype, does not see it"
+    else:
+        measured = f"measured after slime's quantiser ({scheme}), says how far off the engines are"
+    warnings.warn(
+        f"--hf-checkpoint {args.hf_checkpoint} is quantised, and --lora-sync merged sends W + update in that form: "
+        f"updates below its step are lost; train/lora/sync_lost, {measured}; --lora-sync adapter keeps them",
+        stacklevel=3,
+    )
 
 
 def _refuse(args: Namespace) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -21,7 +22,12 @@ from slime_plugins.lora.adapters import has_adapters, iter_merging, state_of
 from slime_plugins.lora.layers import Carrier, LoRALinear, TokenRows
 from slime_plugins.lora.names import is_adapter
 from slime_plugins.lora.projections import Rounding
+from slime_plugins.lora.projections import merge as merge_dense
 from slime_plugins.lora.quant.packed import PackedWeight, dense_of, noted
+from slime_plugins.lora.slime.hooks import quantised_sync
+from slime_plugins.lora.slime.hooks.engine_scheme import scheme_of
+
+logger = logging.getLogger(__name__)
 
 
 class Values(Protocol):
@@ -60,6 +66,15 @@ class Sync:
     """Of weights that this rank alone has read for the engine, outside of buckets that all gather: its own experts."""
     merged: set[int] = field(default_factory=set)
     """``id`` of every base weight that has been merged; all of them, in a sync that has gone well."""
+    updater: Any = None
+    """slime's: its arguments, model name and quantisation make of a weight what engines get. None: not for engines."""
+    loss: quantised_sync.Loss | None = None
+    """Of a quantised copy in the engines, of this pipeline stage: what is left of the update."""
+
+    def __post_init__(self) -> None:
+        scheme = scheme_of(getattr(self.updater, "quantization_config", None))
+        if scheme is not None:
+            self.loss = quantised_sync.Loss(scheme)
 
 
 _current: Sync | None = None
@@ -73,7 +88,7 @@ def syncing(update_weights):
     def hooked(self):
         if not has_adapters(getattr(self, "model", None)):
             return update_weights(self)
-        with sending(self.model, self.weights_backuper) as sync:
+        with sending(self.model, self.weights_backuper, getattr(self, "weight_updater", None)) as sync:
             result = update_weights(self)
         # No collective here: with --offload-train slime has taken the process groups down by now.
         if sync.bytes or sync.read_bytes:  # slime skips the sync where there is no engine
@@ -98,11 +113,15 @@ def count_bytes(number: float) -> None:
 
 
 @contextlib.contextmanager
-def sending(model, policies: Values | None = None) -> Iterator[Sync]:
-    """Inside, slime's gathering functions return merged weights for adapted linears."""
+def sending(model, policies: Values | None = None, updater: Any = None) -> Iterator[Sync]:
+    """Inside, slime's gathering functions return merged weights for adapted linears.
+
+    Args:
+        updater: slime's weight updater, where it is engines that they are gathered for.
+    """
     global _current
     before, start = _current, time.perf_counter()
-    _current = Sync(policies, adapted_parameters(model))
+    _current = Sync(policies, adapted_parameters(model), updater=updater)
     try:
         yield _current
     finally:
@@ -131,6 +150,7 @@ def merging_one(all_gather_param):
     def hooked(name: str, param: torch.nn.Parameter):
         if _current is None:
             return all_gather_param(name, param)
+        _measure_loss(_current)
         if id(param) in _current.linears:
             merged = torch.nn.Parameter(merge(*_current.linears[id(param)], param), requires_grad=False)
             merged.__dict__.update(noted(param))  # tensor_model_parallel, partition_dim, parallel_mode
@@ -159,6 +179,7 @@ def merging_bucket(get_full_params):
             return get_full_params(infos, weights, *args, **kwargs)
         if not isinstance(weights, MergedWeights):
             weights = MergedWeights.of(weights, _current.policies)
+        _measure_loss(_current, weights.stored)
         read = _current.read_bytes
         full = get_full_params(infos, weights, *args, **kwargs)
         _current.read_bytes = read
@@ -195,11 +216,15 @@ class MergedWeights(Mapping):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         parameter = self._live[name]
-        tensor = _offloaded_copy(parameter) if self._offloaded else parameter
+        tensor = self.stored(parameter)
         adapted = self._linears.get(id(parameter))
         if _current is not None:
             _current.read_bytes += tensor.numel() * tensor.element_size()
         return dense_of(tensor) if adapted is None else merge(*adapted, tensor, self._policies)
+
+    def stored(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Where a live parameter's values are."""
+        return _offloaded_copy(parameter) if self._offloaded else parameter
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._live)
@@ -219,13 +244,63 @@ def merge(
         base: that parameter, live or a copy in host memory.
         values: where the adapter's values are while the trainer is offloaded; the current sync's by default.
     """
-    values = values or (_current.policies if _current else None)
-    device = torch.cuda.current_device() if torch.cuda.is_available() else base.device
-    with values.adapter_values(linear) if values else contextlib.nullcontext():
-        merged = linear.lora_merged(index, base.detach().to(device), _current.rounding if _current else None)
+    with _at_hand(linear, base, values or (_current.policies if _current else None)) as stored:
+        merged = linear.lora_merged(index, stored, _current.rounding if _current else None)
     if _current is not None:
         _current.merged.add(id(linear.lora_base.parameters[index]))
     return merged
+
+
+@contextlib.contextmanager
+def _at_hand(linear: LoRALinear | TokenRows, base: torch.Tensor, values: Values | None) -> Iterator[torch.Tensor]:
+    """A base parameter on the current device; inside, the adapter's values are there too."""
+    device = torch.cuda.current_device() if torch.cuda.is_available() else base.device
+    with values.adapter_values(linear) if values else contextlib.nullcontext():
+        yield base.detach().to(device)
+
+
+@torch.no_grad()
+def _measure_loss(sync: Sync, stored: Callable[[torch.Tensor], torch.Tensor] = lambda parameter: parameter) -> None:
+    """Once per sync: what slime's quantiser leaves of the update, on the sample of this pipeline stage.
+
+    Where slime gathers first: then its process groups are there, as they need not be before and after a sync, and all
+    ranks that share a weight come by. Gathers over tensor-parallel groups alone, whichever the transport.
+    """
+    global _current
+    loss = sync.loss
+    if loss is None or loss.taken:
+        return
+    loss.taken = True
+    from slime.backends.megatron_utils.megatron_to_hf import convert_to_hf
+    from slime.backends.megatron_utils.update_weight.common import all_gather_param, named_params_and_buffers
+
+    updater, _current = sync.updater, None  # these gathers belong to no sync
+    try:
+        named = named_params_and_buffers(updater.args, updater.model)
+        adapted = ((name, p) for name, p in named if isinstance(sync.linears.get(id(p), (None,))[0], LoRALinear))
+        for name, parameter in quantised_sync.sample(adapted):
+            linear, index = sync.linears[id(parameter)]
+            assert isinstance(linear, LoRALinear)  # for type checkers
+            with _at_hand(linear, stored(parameter), sync.policies) as base:
+                weight, update = linear.lora_base.dense(index, base), linear.lora_update(index)
+            quantised_sync.compare(
+                loss,
+                functools.partial(convert_to_hf, updater.args, updater.model_name, name),
+                updater.quantization_config,
+                functools.partial(_whole, all_gather_param, name, parameter, weight, update),
+            )
+    except ValueError as error:
+        logger.warning("LoRA: train/lora/sync_lost is not measured after the engines' quantisation: %s", error)
+    finally:
+        _current = sync
+
+
+def _whole(all_gather_param, name: str, like: torch.Tensor, weight: torch.Tensor, update: torch.Tensor, which: int):
+    """W (0), W + D (1) or D (2) of a weight, gathered as slime does, in the base's dtype."""
+    shard = weight if which == 0 else merge_dense(weight, update) if which == 1 else update.to(weight.dtype)
+    parameter = torch.nn.Parameter(shard, requires_grad=False)
+    parameter.__dict__.update(noted(like))
+    return all_gather_param(name, parameter)
 
 
 def _offloaded_copy(parameter: torch.Tensor) -> torch.Tensor:

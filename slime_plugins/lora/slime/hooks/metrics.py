@@ -6,7 +6,8 @@ train/lora/dead             adapters whose B A is zero: after a step, none shoul
 train/lora/sync_bytes       what one engine received in the last weight sync
 train/lora/sync_seconds     how long it took
 train/lora/sync_lost        share of the merged update (sum of |scaling B A|) on weights that rounding to the
-                            base's dtype has left as they were
+                            base's dtype has left as they were; of engines that run a quantised copy, how far their
+                            weights are off the update after slime's quantiser (``quantised_sync``)
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ import torch.distributed as dist
 from slime_plugins.lora.adapters import config_of, has_adapters, iter_adapters, iter_token_rows, state_of
 from slime_plugins.lora.layers import LoRALinear
 from slime_plugins.lora.quantize import base_quant_of
-from slime_plugins.lora.slime.hooks import gkd
+from slime_plugins.lora.slime.hooks import gkd, quantised_sync
 from slime_plugins.lora.tokens import sum_over_stages
 
 logger = logging.getLogger(__name__)
 
 ANOTHER_BASE = 0.1
 """Mean |log-prob difference|: bf16 noise is 0.03; an adapter of a 4-bit base on the dense one 0.59 (docs/qlora.md)."""
+TOLD = 0.1
+"""``sync_lost`` of a quantised copy from which on it is said, once."""
 SAMPLED = 8
 """Linears per pipeline stage whose base norm is read, once."""
 
@@ -46,6 +49,7 @@ def measuring(train_one_step):
             gkd.after_step(model)
             measured = measure(model)
             _warn_of_another_base(model, losses)
+            _warn_of_loss(model, losses, measured)
             if losses:  # the last pipeline stage's; the others have none to log
                 losses = {**losses, **{f"lora/{name}": value for name, value in measured.items()}}
         return (losses, *rest)
@@ -67,6 +71,15 @@ def _warn_of_another_base(model, losses) -> None:
             difference,
             ANOTHER_BASE,
         )
+
+
+def _warn_of_loss(model, losses, measured: dict[str, float]) -> None:
+    """Once, after the first sync of an update that is not zero into engines that run a quantised copy."""
+    state = state_of(model)
+    loss, lost = getattr(state.last_sync, "loss", None), measured.get("sync_lost", 0.0)
+    if losses and loss is not None and lost > TOLD and not state.told_of_loss:
+        state.told_of_loss = True
+        logger.warning("LoRA: %s", quantised_sync.said(loss.scheme, lost))
 
 
 @torch.no_grad()
@@ -96,7 +109,9 @@ def measure(model) -> dict[str, float]:
     _all_reduce(sums[1], mpu.get_expert_model_parallel_group())
     sync = state_of(model).last_sync
     # Shards of one tensor-parallel group; a share of sums, for which experts need no exact weighing.
+    loss = sync.loss if sync else None
     counts = [sync.rounding.size, sync.rounding.lost, len(sync.merged)] if sync else [0.0, 0.0, 0]
+    counts += [loss.error, loss.update, loss.matrices] if loss else [0.0, 0.0, 0]
     sent = torch.tensor([float(count) for count in counts], dtype=torch.float64, device=device)
     _all_reduce(sent, mpu.get_tensor_model_parallel_group())
     size = torch.tensor([sync.bytes if sync else 0.0], dtype=torch.float64, device=device)
@@ -107,13 +122,16 @@ def measure(model) -> dict[str, float]:
     seconds = torch.tensor([sync.seconds if sync else 0.0], device=device)
     _all_reduce(totals, mpu.get_pipeline_model_parallel_group())
     _all_reduce(seconds, mpu.get_pipeline_model_parallel_group(), dist.ReduceOp.MAX)
-    update, ratios, count, dead, sent_update, lost, merged, size = totals.tolist()
+    update, ratios, count, dead, sent_update, lost, merged, error, sent_squares, compared, size = totals.tolist()
     measured = {"update_norm": update**0.5, "update_ratio": ratios / max(count, 1), "dead": dead}
     if size:
         measured.update(sync_bytes=size, sync_seconds=seconds.item())
     if config_of(model).trainable_token_indices:
         measured["rows_norm"] = _rows_norm(model, device)
-    if merged:  # the very first update is zero, and none of it is lost
+    # The very first update is zero, and none of it is lost.
+    if compared:
+        measured["sync_lost"] = (error / (sent_squares or 1)) ** 0.5
+    elif merged and loss is None:
         measured["sync_lost"] = lost / (sent_update or 1)
     return measured
 

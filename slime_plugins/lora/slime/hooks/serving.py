@@ -98,6 +98,16 @@ def _set_way(args: Namespace) -> None:
         args.update_weight_transport = "nccl"  # or slime's train group would wait for a whole checkpoint on disk
 
 
+def transport(args: Namespace) -> str:
+    """How ``adapter_sync`` will pass the adapter to the engines, after ``serve_adapters``."""
+    if args.lora_sync_dir:
+        return f"files in --lora-sync-dir {args.lora_sync_dir}, which trainer and engines share"
+    return (
+        "files in memory (/dev/shm) where the job is on one machine and they fit twice, else copies in the requests; "
+        "no handles to GPU memory (CUDA IPC)"
+    )
+
+
 def projections(args: Namespace) -> list[str]:
     """Hugging Face leaves that an adapter touches, in the table's order: what SGLang must make room for."""
     found = {}
