@@ -28,6 +28,7 @@ from slime_plugins.lora.layers import (
     shards_of,
     spec_for,
 )
+from slime_plugins.lora.layers.gated_delta_net import INSTEAD, OF, is_gated_delta_net, refuse_linears
 from slime_plugins.lora.layers.guards import guard_frozen
 from slime_plugins.lora.layers.towers import Tower, refuse_targets, towers_of
 from slime_plugins.lora.names import IN_LAYER, in_experts, in_layer_order, is_adapter, is_known
@@ -131,9 +132,10 @@ def apply_lora(model, config: LoRAConfig, *, freeze_base: bool = True, linears: 
         problem = error
     rest = [what for survey in surveys for what in survey.rest]
     here = [tower for survey in surveys for tower in survey.towers]
-    found = (sorted(matched), [name for name, _ in candidates], problem, rest, here)
+    unformed = [name for survey in surveys for name in survey.of_gated_delta_nets]
+    found = (sorted(matched), [name for name, _ in candidates], problem, rest, unformed, here)
     stages = all_gather_over(pipeline_group(), found)
-    for _, _, stage_problem, _, _ in stages:
+    for _, _, stage_problem, *_ in stages:
         if stage_problem is not None:
             raise stage_problem
     if ids and not any(all_gather_over(pipeline_group(), vocabulary.embedding is not None)):
@@ -141,9 +143,10 @@ def apply_lora(model, config: LoRAConfig, *, freeze_base: bool = True, linears: 
     matched = {entry for entries, *_ in stages for entry in entries}
     towers = [tower for *_, stage_towers in stages for tower in stage_towers]
     refuse_targets((entry for entry in config.target_modules if entry not in matched), towers)
+    targets = Targets(config.target_modules, config.exclude_modules)
     check_all_matched(
-        Targets(config.target_modules, config.exclude_modules),
-        matched,
+        targets,
+        matched | refuse_linears(targets, matched, [name for *_, names, _ in stages for name in names]),
         [name for _, names, *_ in stages for name in names],
     )
     if freeze_base:
@@ -156,7 +159,7 @@ def apply_lora(model, config: LoRAConfig, *, freeze_base: bool = True, linears: 
     remember(chunks, config)
     for chunk in chunks:
         _let_recompute_see_gradients(chunk)
-    not_adaptable = tuple(dict.fromkeys(what for *_, stage_rest, _ in stages for what in stage_rest))
+    not_adaptable = tuple(dict.fromkeys(what for *_, stage_rest, _, _ in stages for what in stage_rest))
     frozen = tuple((tower.name, tower.parameters) for tower in towers)
     report = dataclasses.replace(_report(chunks, adapted, rows), not_adaptable=not_adaptable, frozen=frozen)
     if linears == "fused":
@@ -179,6 +182,8 @@ class _Survey:
     """Global name and module of every linear that the name table knows."""
     rest: list[str]
     """As ``LoRAReport.not_adaptable``."""
+    of_gated_delta_nets: list[str]
+    """Global names of the linears of Megatron's own linear attention."""
     towers: list[Tower]
     """What the chunk has beside its language model."""
 
@@ -186,7 +191,7 @@ class _Survey:
 def _survey(chunk: torch.nn.Module) -> _Survey:
     if hasattr(chunk, "ddp_config"):
         raise ValueError("apply_lora was given a model that DDP has wrapped already; apply it in the model provider")
-    found = _Survey([], [], towers_of(chunk))
+    found = _Survey([], [], [], towers_of(chunk))
     modules = dict(chunk.named_modules())
     for name, module in modules.items():
         if isinstance(module, LoRALinear):
@@ -201,7 +206,12 @@ def _survey(chunk: torch.nn.Module) -> _Survey:
             )
             if found_here or not _has_matrix(module) or _is_one_of_experts(match[3], modules[name[: match.end(2)]]):
                 continue
-            found.rest.append(f"decoder.layers.*.{_starred(match[3])} ({type(module).__name__}) has no LoRA form")
+            what = f"decoder.layers.*.{_starred(match[3])} ({type(module).__name__})"
+            if is_gated_delta_net(modules[name.rpartition(".")[0]]):
+                found.of_gated_delta_nets.append(f"{match[1]}{layer.layer_number - 1}.{match[3]}")
+                found.rest.append(f"{what} of {OF} has no LoRA form; {INSTEAD}, has one")
+                continue
+            found.rest.append(f"{what} has no LoRA form")
         elif _MTP.match(name) and _has_matrix(module):
             found.rest.append("mtp.*, multi-token prediction is never adapted")
     return found
