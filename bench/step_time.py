@@ -1,9 +1,9 @@
-"""Seconds per training step: full fine-tuning, frozen base, LoRA, side by side in one run.
+"""Seconds per training step: full fine-tuning, frozen base, LoRA fused and by taps, side by side in one run.
 
     python bench/step_time.py                          hidden 1024 and 512; TP=1, TP=2, TP=2+SP; a few minutes
     python bench/step_time.py --hidden 1024 --rounds 30
 
-The three forms take turns (full frozen lora full frozen lora ...), so that whatever else the machine does hits all of
+The forms take turns (full frozen lora taps full frozen ...), so that whatever else the machine does hits all of
 them; a ratio is the median over the rounds of the ratio within a round. Processor time is the sum over all threads
 of a rank, averaged over ranks: other work on the machine does not count into it, waiting for a peer neither.
 With a CUDA device: bf16, Qwen3-4B's shapes, wall time only.
@@ -33,6 +33,8 @@ from _harness import (
     write_json,
 )
 
+FORMS = (*VARIANTS, "taps")
+"""``lora`` runs fused; ``taps`` is the same adapters with ``--lora-linears taps``."""
 TARGETS = {1: 1.05, 2: 1.12}
 """Tensor-parallel size -> the LoRA step over the frozen step that this project aims at."""
 
@@ -83,10 +85,9 @@ def shapes_of(args: argparse.Namespace) -> list[Shapes]:
 def measure(setting: Setting, shapes: Shapes, how: tuple[int, str, bool], rounds: int, warmup: int) -> dict:
     """One rank's seconds: variant -> list over rounds, for wall and processor time."""
     rank, layout, embedding_gradient = how
-    trainers = {
-        name: trainer_of(name, shapes, setting, rank=rank, layout=layout, embedding_gradient=embedding_gradient)
-        for name in VARIANTS
-    }
+    of_all = dict(rank=rank, layout=layout, embedding_gradient=embedding_gradient)
+    trainers = {name: trainer_of(name, shapes, setting, **of_all) for name in VARIANTS}
+    trainers["taps"] = trainer_of("lora", shapes, setting, linears="taps", **of_all)
     saved = {name: saved_activation_bytes(trainer) for name, trainer in trainers.items()}
     seconds = take_turns(trainers, rounds, warmup)
     return {**seconds, "trainable": {n: t.trainable for n, t in trainers.items()}, "saved_bytes": saved}
@@ -98,10 +99,11 @@ def summarize(setting: Setting, shapes: Shapes, ranks: list[dict]) -> dict:
     result |= {"tokens": shapes.tokens, "trainable_rank0": ranks[0]["trainable"]}
     result["saved_mib_rank0"] = {name: size / 2**20 for name, size in ranks[0]["saved_bytes"].items()}
     for clock, over_ranks in (("wall", max), ("cpu", statistics.fmean)):
-        steps = {v: [over_ranks(values) for values in zip(*(r[clock][v] for r in ranks))] for v in VARIANTS}
+        steps = {v: [over_ranks(values) for values in zip(*(r[clock][v] for r in ranks))] for v in FORMS}
         result[clock] = {
-            "median_seconds": {v: statistics.median(steps[v]) for v in VARIANTS},
+            "median_seconds": {v: statistics.median(steps[v]) for v in FORMS},
             "lora_over_frozen": paired_ratio(steps["lora"], steps["frozen"]),
+            "taps_over_frozen": paired_ratio(steps["taps"], steps["frozen"]),
             "full_over_lora": paired_ratio(steps["full"], steps["lora"]),
             "full_over_frozen": paired_ratio(steps["full"], steps["frozen"]),
         }
@@ -114,7 +116,17 @@ def line_of(result: dict) -> str:
 
 
 def render(results: list[dict], rank: int, layout: str) -> str:
-    header = ("hidden, setting", "full s", "frozen s", "LoRA s", "LoRA/frozen", "(quartiles)", "wall", "target")
+    header = (
+        "hidden, setting",
+        "full s",
+        "frozen s",
+        "LoRA s",
+        "LoRA/frozen",
+        "(quartiles)",
+        "by taps",
+        "wall",
+        "target",
+    )
     header += ("full/LoRA", "wall", "kept MiB frozen", "LoRA")
     rows = []
     for result in results:
@@ -127,6 +139,7 @@ def render(results: list[dict], rank: int, layout: str) -> str:
                 *(f"{seconds[v]:.3f}" for v in VARIANTS),
                 f"{over_frozen['median']:.3f}",
                 f"{over_frozen['quartile_1']:.3f}-{over_frozen['quartile_3']:.3f}",
+                f"{result[clock]['taps_over_frozen']['median']:.3f}",
                 f"{result['wall']['lora_over_frozen']['median']:.3f}",
                 f"{TARGETS[result['tp']]:.2f}",
                 f"{result[clock]['full_over_lora']['median']:.2f}",
