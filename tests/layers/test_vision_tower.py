@@ -130,14 +130,14 @@ def test_the_tower_is_counted_and_refused_by_name(te_pool4, reference):
         assert {kind for kind, _ in caught.value.errors.values()} == {"UsageError"}
 
 
-def there_and_back(layout, path, config, values, out):
-    export_peft(chunks_of(layout, path, config, values), out, hf_checkpoint=path)
+def there_and_back(layout, path, config, values, out, moe_format):
+    export_peft(chunks_of(layout, path, config, values), out, hf_checkpoint=path, moe_format=moe_format)
     chunks = chunks_of(layout, path, config)
     import_peft(chunks, out)
     return logits_of(layout, chunks)
 
 
-def test_export_and_import(te_pool4, reference, tmp_path):
+def check_files(pool, reference, out, *, dp, moe_format="per-expert", **sizes):
     """Module names on disk; PEFT, with the image, computes what the trainer did; and back."""
     from peft import PeftModel
 
@@ -145,14 +145,22 @@ def test_export_and_import(te_pool4, reference, tmp_path):
 
     path, values, logits, _, _ = reference
     config = LoRAConfig(rank=RANK, alpha=ALPHA, layout="split")
-    found = te_pool4.run(there_and_back, path, config, values, tmp_path / "adapter", tp=2, sp=True)
-    dp = 2
+    found = pool.run(there_and_back, path, config, values, out, moe_format, **sizes)
     for i, mine in enumerate(found):
-        expected = logits.chunk(dp)[i // 2]
+        expected = logits.chunk(dp)[i * dp // len(found)]
         assert adapted.relative(mine - expected, expected) <= 1e-5
-    checked = verify_adapter(tmp_path / "adapter", path)
+    checked = verify_adapter(out, path)
     assert checked.ok and checked.names == "module", checked.problems
-    model = PeftModel.from_pretrained(load(path), tmp_path / "adapter")
+    model = PeftModel.from_pretrained(load(path), out)
     with torch.no_grad():
         through = model(**vision_model.inputs(TOKENS[:, :-1])).logits
     assert adapted.relative(through - logits, logits) <= 1e-5
+
+
+def test_export_and_import(te_pool4, reference, tmp_path):
+    check_files(te_pool4, reference, tmp_path / "adapter", dp=2, tp=2, sp=True)
+
+
+def test_export_and_import_of_experts(te_pool4, reference_of_experts, tmp_path):
+    """PEFT reads no others of this family than fused ones."""
+    check_files(te_pool4, reference_of_experts, tmp_path / "adapter", dp=4, moe_format="fused", ep=2, etp=1)
