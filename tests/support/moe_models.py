@@ -3,7 +3,7 @@
 ``qwen3_moe``, ``qwen2_moe`` (shared expert with a gate), ``glm4_moe`` (dense first layer, sigmoid router, shared
 expert), ``deepseek_v3`` (the same with MLA), ``qwen3_next`` and ``qwen3_5_moe_text`` (a layer of linear attention,
 then one of gated attention, norms around 0). ``qwen3_5_text`` is the last one without experts, ``qwen3_5`` that one
-with a vision tower (see ``vision_model``).
+with a vision tower (see ``vision_model``), and ``qwen3_5_moe`` the one with experts and a tower.
 Weights are cut by hand here, not by the code under test.
 """
 
@@ -25,7 +25,8 @@ MLA = {"q_lora_rank": 28, "kv_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_he
 FAMILIES = ("qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3", "qwen3_next", "qwen3_5_moe_text")
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6}
 LINEAR |= {"linear_conv_kernel_dim": 4}
-WITH_LINEAR = ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_5")
+WITH_LINEAR = ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_moe", "qwen3_5_text", "qwen3_5")
+SEES_IMAGES = ("qwen3_5", "qwen3_5_moe")
 
 
 @contextlib.contextmanager
@@ -80,7 +81,7 @@ def make_checkpoint(path: Path, family: str, *, unused_experts: tuple[int, ...] 
             common |= dict(shared_expert_intermediate_size=SHARED_FFN, num_experts=EXPERTS, norm_topk_prob=True)
             made = transformers.Qwen3NextConfig if family == "qwen3_next" else transformers.Qwen3_5MoeTextConfig
             config = made(**common, **gqa)
-        if family == "qwen3_5":
+        if family in SEES_IMAGES:
             config = vision_model.config(config)
     elif family == "glm4_moe":
         config = transformers.Glm4MoeConfig(**common, **gqa, **sigmoid, use_qk_norm=True, partial_rotary_factor=1.0)
@@ -88,7 +89,7 @@ def make_checkpoint(path: Path, family: str, *, unused_experts: tuple[int, ...] 
         config = transformers.DeepseekV3Config(**common, **MLA, **sigmoid, num_key_value_heads=HEADS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        auto = transformers.AutoModelForImageTextToText if family == "qwen3_5" else transformers.AutoModelForCausalLM
+        auto = transformers.AutoModelForImageTextToText if family in SEES_IMAGES else transformers.AutoModelForCausalLM
         model = auto.from_config(config)
         with torch.no_grad():
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -101,9 +102,24 @@ def make_checkpoint(path: Path, family: str, *, unused_experts: tuple[int, ...] 
     return path
 
 
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    """The checkpoint by its names, experts that lie stacked in it one by one (``mlp.experts.7.gate_proj.weight``)."""
+    weights = {}
+    for name, tensor in load_file(path / "model.safetensors").items():
+        experts, _, leaf = name.rpartition(".")
+        if not experts.endswith(".mlp.experts"):
+            weights[name] = tensor
+            continue
+        leaves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+        for expert, matrix in enumerate(tensor):  # [out, in]
+            for one, rows in zip(leaves, matrix.chunk(len(leaves)), strict=True):
+                weights[f"{experts}.{expert}.{one}.weight"] = rows.contiguous()
+    return weights
+
+
 def linears(path: Path) -> dict[str, tuple[int, int]]:
     """Hugging Face name -> [out, in] of what all-linear adapts."""
-    shapes = {name: tuple(t.shape) for name, t in load_file(path / "model.safetensors").items()}
+    shapes = {name: tuple(t.shape) for name, t in weights_of(path).items()}
     skipped = ("gate.weight", "shared_expert_gate.weight", "in_proj_a.weight", "in_proj_b.weight", "in_proj_ba.weight")
     return {
         name.removesuffix(".weight"): shape
@@ -278,7 +294,7 @@ def build_chunks(hf_dir, *, te=False, apply: Callable | None = None, **overrides
         rotary_base=10000.0,
         scatter_embedding_sequence_parallel=not sees_images,
     )
-    weights = load_file(Path(hf_dir, "model.safetensors"))
+    weights = weights_of(Path(hf_dir))
     weights = {name.replace("model.language_model.", "model."): weight for name, weight in weights.items()}
     _load(chunk, weights, config)
     if sees_images:

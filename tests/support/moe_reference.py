@@ -20,11 +20,13 @@ def write_adapter(out: Path, path: Path, values, *, rank: int, alpha: float) -> 
     """A PEFT directory with a pair of tensors per projection and per expert.
 
     PEFT (0.21) makes parameters of experts of such keys, and in doing so forgets modules of the same leaf name outside
-    the experts: those are named once more, as parameters. In Qwen2-MoE it does neither by itself.
+    the experts: those are named once more, as parameters. In Qwen2-MoE it does neither by itself, and in Qwen3.5-MoE
+    with its tower it reads experts in its own stacked form alone, which they are written in then.
     """
     out.mkdir(exist_ok=True)
+    model_type = json.loads((path / "config.json").read_text())["model_type"]
     tensors = {}
-    for name, (A, B) in values.items():
+    for name, (A, B) in (_pack(values) if model_type == "qwen3_5_moe" else values).items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B.contiguous()
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -32,7 +34,7 @@ def write_adapter(out: Path, path: Path, values, *, rank: int, alpha: float) -> 
     parameters, patterns = [f"{name}.weight" for name in outside], {}
     if not any(".experts." in name for name in values):
         parameters = []
-    elif json.loads((path / "config.json").read_text())["model_type"] in ("qwen2_moe", "qwen3_5_moe_text"):
+    elif model_type in ("qwen2_moe", "qwen3_5_moe_text", "qwen3_5_moe"):
         parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
         twice = r".*\.gate_up_proj"
         patterns = dict(rank_pattern={twice: 2 * rank}, alpha_pattern={twice: 2 * alpha})
@@ -58,10 +60,13 @@ def peft_model(path: Path, adapter_dir: Path):
     return PeftModel.from_pretrained(base, adapter_dir, is_trainable=True)
 
 
-def logits_and_grads(model, tokens: torch.Tensor, rank: int):
-    """Logits [N, S, V] and (dA, dB) of every projection by name, of the mean cross-entropy."""
+def logits_and_grads(model, tokens: torch.Tensor, rank: int, inputs=lambda tokens: dict(input_ids=tokens)):
+    """Logits [N, S, V] and (dA, dB) of every projection by name, of the mean cross-entropy.
+
+    ``inputs``: of tokens, what the model is called with.
+    """
     model.train()
-    logits = model(tokens[:, :-1]).logits
+    logits = model(**inputs(tokens[:, :-1])).logits
     torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()).backward()
     found = {}
     for name, parameter in model.named_parameters():
@@ -71,6 +76,19 @@ def logits_and_grads(model, tokens: torch.Tensor, rank: int):
     return logits.detach(), {
         name: pair for module, pair in found.items() for name, pair in _unpack(module, *pair, rank)
     }
+
+
+def _pack(values: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The inverse of ``_unpack``, over all modules: experts as PEFT stacks them."""
+    packed = {name: pair for name, pair in values.items() if ".mlp.experts." not in name}
+    for experts in sorted({name.rsplit(".", 2)[0] for name in values.keys() - packed.keys()}):
+        gate, up, down = (
+            [values[f"{experts}.{expert}.{leaf}_proj"] for expert in range(EXPERTS)] for leaf in ("gate", "up", "down")
+        )
+        both = [(torch.cat([g[0], u[0]]), torch.block_diag(g[1], u[1])) for g, u in zip(gate, up, strict=True)]
+        for module, pairs in ((f"{experts}.base_layer", both), (experts, down)):
+            packed[module] = torch.cat([A for A, _ in pairs]), torch.stack([B for _, B in pairs], -1).flatten(1)
+    return packed
 
 
 def _unpack(module: str, dA: torch.Tensor, dB: torch.Tensor, rank: int):

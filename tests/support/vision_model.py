@@ -15,14 +15,15 @@ MERGED = 4
 
 
 def config(text):
-    """transformers' config of a language model and a tower of two blocks."""
+    """transformers' config of a language model, dense or with experts, and a tower of two blocks."""
     import transformers
 
     tower = dict(
         depth=2, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4, spatial_merge_size=2,
         temporal_patch_size=2, out_hidden_size=text.hidden_size, num_position_embeddings=16,
     )  # fmt: skip
-    return transformers.Qwen3_5Config(
+    made = transformers.Qwen3_5MoeConfig if text.model_type == "qwen3_5_moe_text" else transformers.Qwen3_5Config
+    return made(
         text_config=text.to_dict(), vision_config=tower, tie_word_embeddings=False, image_token_id=IMAGE,
         video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END,
     )  # fmt: skip
@@ -56,16 +57,25 @@ def WithTower(language_model, hf_dir, weights):
     from megatron.core import tensor_parallel
     from megatron.core.transformer.module import MegatronModule
     from transformers import AutoConfig
-    from transformers.models.qwen3_5.modeling_qwen3_5 import (
-        Qwen3_5ForConditionalGeneration,
-        Qwen3_5TextRotaryEmbedding,
-        Qwen3_5VisionModel,
-    )
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as dense
+    from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
 
     hf = AutoConfig.from_pretrained(hf_dir)
+    if hf.model_type == "qwen3_5_moe":
+        whole, rotary_of, tower_of = (
+            moe.Qwen3_5MoeForConditionalGeneration,
+            moe.Qwen3_5MoeTextRotaryEmbedding,
+            moe.Qwen3_5MoeVisionModel,
+        )
+    else:
+        whole, rotary_of, tower_of = (
+            dense.Qwen3_5ForConditionalGeneration,
+            dense.Qwen3_5TextRotaryEmbedding,
+            dense.Qwen3_5VisionModel,
+        )
 
     with torch.device("meta"):
-        indexer = Qwen3_5ForConditionalGeneration(hf).model
+        indexer = whole(hf).model
 
     class Rotary(torch.nn.Module):
         """Angles of the batch's positions, in place of Megatron's of 0, 1, 2, ..."""
@@ -74,7 +84,7 @@ def WithTower(language_model, hf_dir, weights):
             return 0
 
         def forward(self, *args, **kwargs):
-            rotary = Qwen3_5TextRotaryEmbedding(hf.text_config)
+            rotary = rotary_of(hf.text_config)
             angles = self.positions[..., None].float() * rotary.inv_freq
             return rotary.recomposition_frequencies(angles).transpose(0, 1)[:, None]  # [s, 1, 1, d]
 
@@ -88,7 +98,7 @@ def WithTower(language_model, hf_dir, weights):
             self.model = torch.nn.Module()
             self.model.visual = None
             if self.pre_process:
-                self.model.visual = Qwen3_5VisionModel._from_config(hf.vision_config)
+                self.model.visual = tower_of._from_config(hf.vision_config)
                 prefix = "model.visual."
                 mine = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
                 self.model.visual.load_state_dict(mine)
