@@ -46,8 +46,8 @@ BREAKS = [
         "15",
         "name layers by their number in the pipeline chunk",
         "inject.py::_survey",
-        "{layer.layer_number - 1}",
-        "{match[2]}",
+        'f"{match[1]}{layer.layer_number - 1}.{path}"',
+        'f"{match[1]}{match[2]}.{path}"',
         "tests/ends/test_export.py -k layer_numbers",
     ),
     Break(

@@ -314,7 +314,7 @@ class Fused:
 
     def __init__(self, linear: Any) -> None:
         self._linear = linear
-        self._up = OneProduct(linear.lora, linear.lora_base.shape[0])
+        self._ups: list[tuple[AdapterSpec, OneProduct]] = []
 
     def __call__(
         self,
@@ -343,4 +343,13 @@ class Fused:
             summed_once=linear.lora_base.tokens == "sequence",
         )
         A, B = (linear.lora_A, linear.lora_B) if linear.lora_enabled else (None, None)
-        return _FusedLinear.apply(x, weight, bias, A, B, Operation(exchange, norm, self._up))
+        return _FusedLinear.apply(x, weight, bias, A, B, Operation(exchange, norm, self._up(linear.lora)))
+
+    def _up(self, spec: AdapterSpec) -> OneProduct:
+        """Of the adapter that the linear wears: a teacher's may be another (``objectives.teacher``)."""
+        for known, up in self._ups:
+            if known is spec:
+                return up
+        up = OneProduct(spec, self._linear.lora_base.shape[0])
+        self._ups = [*self._ups[-1:], (spec, up)]
+        return up
