@@ -33,9 +33,10 @@ def check_learning(run: Run, steps: int) -> None:
 def check_going_on(resumed: Run, straight: Run) -> None:
     """The last two of four steps, in another split: bf16 sums in another order.
 
-    A resume from random adapters or fresh moments is off by far more.
+    A resume from random adapters or fresh moments is off by far more. The KL moves most (3.7 % seen of experts): a
+    row-parallel linear rounds its adapter's part with each rank's partial sum. In float32: test_slime_rows.py.
     """
-    for key, rel in (("kl_loss", 0.03), ("grad_norm", 0.005), ("lora/update_norm", 1e-3)):
+    for key, rel in (("kl_loss", 0.05), ("grad_norm", 0.005), ("lora/update_norm", 1e-3)):
         assert resumed.of(key) == pytest.approx(straight.of(key)[2:], rel=rel), key
 
 
