@@ -314,7 +314,7 @@ class Fused:
 
     def __init__(self, linear: Any) -> None:
         self._linear = linear
-        self._ups: list[tuple[AdapterSpec, OneProduct]] = []
+        self._ups = [(linear.lora, OneProduct(linear.lora, linear.lora_base.shape[0]))]
 
     def __call__(
         self,
