@@ -96,7 +96,7 @@ def test_expert_runners_are_refused_as_sglang_refuses_them(root, version, runner
     args = serving_cases.arguments(hf_dir)
     args.sglang_moe_runner_backend = runner
     ours = bool(refused(Launch(args, Version(version))))
-    wheel = wheel_of(version, 1, 0)  # the worker's
+    wheel = wheel_of(version, 1, 0, True)  # the worker's
     runners = wheel.module("sglang.srt.layers.moe").MoeRunnerBackend
     utils = wheel.module("sglang.srt.layers.moe.utils")
     plain = utils.get_moe_runner_backend
