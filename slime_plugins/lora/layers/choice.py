@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from slime_plugins.lora.names import is_adapter
 from slime_plugins.lora.quant.packed import PackedWeight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,7 +24,7 @@ def why_not_fused(linear: Any) -> str:
         return "LoRA dropout"
     if any(isinstance(weight, PackedWeight) for weight in weights):
         return "a base in codes"
-    if any(parameter.requires_grad for name, parameter in linear.named_parameters() if not name.startswith("lora_")):
+    if any(parameter.requires_grad for name, parameter in linear.named_parameters() if not is_adapter(name)):
         return "a base that trains"
     if any(weight.dtype not in DTYPES for weight in weights):
         return f"a base in {weights[0].dtype}"

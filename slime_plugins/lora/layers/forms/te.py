@@ -55,7 +55,7 @@ class _LoRATELinear(LoRALinear):
         """x [..., I] -> output and bias, as the base gives them."""
         if self.lora_fused is None:
             return super().forward(x)
-        several, column = self.tp_size > 1, self.parallel_mode == "column"
+        column = self.parallel_mode == "column"
         bias = self.bias if self.use_bias else None
         after = self.parallel_mode == "row"  # the bias of a row-parallel linear comes after the sum
         y = self.lora_fused(
@@ -64,9 +64,9 @@ class _LoRATELinear(LoRALinear):
             None if after or self.te_return_bias else bias,
             norm=self._lora_norm(),
             gathers=column and self.sequence_parallel,
-            sums_dx=column and several and not self.sequence_parallel,
+            sums_dx=column and not self.sequence_parallel,
         )
-        if after and several:
+        if after and self.tp_size > 1:
             reduce = (
                 reduce_scatter_to_sequence_parallel_region
                 if self.sequence_parallel
