@@ -58,12 +58,15 @@ class Case:
             size_out // (tp if parallel == "column" else 1),
         )
         tokens = {TOKENS: 1.0} | ({TOKENS // tp: 1 / tp} if setting.sequence_parallel and tp > 1 else {})
-        found = {
-            n * size: (side, share)
+        sizes = [
+            (n * size, side, share)
             for n, share in tokens.items()
             for side, size in (("NI", size_in), ("NO", size_out))
-        }
-        assert len(found) == 2 * len(tokens), "two sizes are equal"
+        ]
+        if self.linear == "fc2" and not self.of_experts:
+            sizes.append((TOKENS * 2 * size_in, "NI", 2.0))  # what its SwiGLU takes
+        found = {size: (side, share) for size, side, share in sizes}
+        assert len(found) == len(sizes), "two sizes are equal"
         return found
 
 

@@ -10,12 +10,15 @@ Counted instead, of one linear with an adapter minus the same linear frozen, for
     NI, NO        bytes read and written of tensors as wide as the linear's input or output, in bf16, for N tokens and
                   the I and O of this rank: 4NI is one read and one write of the input. A norm is one kernel that
                   reads and writes once, as TransformerEngine's and torch's are on a GPU
-    kept          of those, what the forward keeps for the backward
+    in base's     the same, of kernels that multiply by the base's weight: reads beside a product that computes
+    again         the same, of an activation function that the backward runs again rather than keep what it gave
+    kept          what the forward keeps for the backward and the frozen linear does not
     sent          elements that go through collectives, per token: the whole tensor's, whatever the algorithm
 
-The four linears of a Qwen layer, and the two of a layer of experts. TransformerEngine is the stand-in of tests/te_stub
-(its products and exchanges are TE's, its kernels torch's). ``recompute`` is a forward more, as under full activation
-recompute. PEFT's layer beside them, on one projection and so for a plain linear; Megatron-Bridge's with
+The four linears of a Qwen layer, fc2 behind its SwiGLU, and the two of a layer of experts. TransformerEngine is the
+stand-in of tests/te_stub (its products and exchanges are TE's, its kernels torch's). ``recompute`` is a forward more,
+as under full activation recompute. PEFT's layer beside them, on one projection and so for a plain linear;
+Megatron-Bridge's with
 
     pip download --no-deps megatron-bridge && python bench/traffic.py --bridge megatron_bridge-*.whl
 """
@@ -49,13 +52,15 @@ class Traffic(TorchDispatchMode):
 
     Args:
         widths: storage size in elements -> ``NI`` or ``NO``, and the share of such a tensor that it is.
+        weights: storages of the base.
     """
 
-    def __init__(self, widths: dict[int, tuple[str, float]]) -> None:
+    def __init__(self, widths: dict[int, tuple[str, float]], weights: set[int]) -> None:
         super().__init__()
-        self._widths, self._paused = widths, False
+        self._widths, self._weights, self._paused = widths, weights, False
         self.count: Counter[str] = Counter()
-        """``kernels``, ``NI``, ``NO`` (passes over such a tensor), ``sent`` (elements)."""
+        """``kernels``, ``NI``, ``NO`` (passes over such a tensor), ``sent`` (elements); passes of the base's products
+        and of the activation function as ``base NI``, ``activation NI``, the latter's launches too."""
         self.names: Counter[str] = Counter()
         """Of the kernels, to look into a difference."""
 
@@ -69,10 +74,11 @@ class Traffic(TorchDispatchMode):
         elif not func.is_view and name not in NOT_KERNELS:
             written = [a for a, s in zip(args, func._schema.arguments) if s.alias_info and s.alias_info.is_write]
             read = [a for a in args if not (name in WRITTEN_ONLY and any(a is w for w in written))]
-            self._add(name, read, written or result)
+            of_base = any(t.untyped_storage().data_ptr() in self._weights for t in _tensors(args))
+            self._add(name, read, written or result, "base " if of_base else "")
         return result
 
-    def one_kernel(self, function):
+    def one_kernel(self, function, of: str = ""):
         """``function``, counted as one kernel that reads its arguments and writes its results."""
 
         def run(*args):
@@ -83,18 +89,19 @@ class Traffic(TorchDispatchMode):
                 result = function(*args)
             finally:
                 self._paused = False
-            self._add(function.__name__, args, result)
+            self._add(function.__name__, args, result, of)
             return result
 
         return run
 
-    def _add(self, name: str, read: Any, written: Any) -> None:
-        self.count["kernels"] += 1
+    def _add(self, name: str, read: Any, written: Any, of: str) -> None:
+        self.count["activation kernels" if of == "activation " else "kernels"] += 1
         self.names[name] += 1
         for tensor in (*_tensors(read), *_tensors(written)):
-            side, share = self._widths.get(tensor.untyped_storage().nbytes() // tensor.element_size(), ("", 0))
+            bytes_of_all, element = tensor.untyped_storage().nbytes(), tensor.element_size()
+            side, share = self._widths.get(bytes_of_all // element, ("", 0))
             if side:  # a view of it moves its own part
-                self.count[side] += share * tensor.numel() * tensor.element_size() / tensor.untyped_storage().nbytes()
+                self.count[of + side] += share * tensor.numel() * element / bytes_of_all
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -146,6 +153,11 @@ class Layer:
     """The same with a forward more."""
     NI: float
     NO: float
+    base_NI: float
+    base_NO: float
+    """In the base's products."""
+    again: str
+    """Of the activation function: kernels and bytes."""
     kept_wide: str
     """What is kept as wide as an input or output: of which linears."""
     kept: float
@@ -167,13 +179,16 @@ class Layer:
             for side in ("NI", "NO")
             if linear["kept"].get(side, 0)
         ]
-        first, forward = linears[0], total("forward", "kernels")
+        first, forward, again = linears[0], total("forward", "kernels"), total("backward", "activation kernels")
         return cls(
             **{key: first[key] for key in ("setting", "implementation", "layout", "linears")},
             kernels=forward + total("backward", "kernels"),
             recompute=2 * forward + total("backward", "kernels"),
             NI=most("NI"),
             NO=most("NO"),
+            base_NI=most("base NI"),
+            base_NO=most("base NO"),
+            again=f"{again:g} kernel, {most('activation NI'):g}NI" if again else "",
             kept_wide=", ".join(wide),
             kept=total("kept", "elements") / TOKENS,
             sent_forward=total("forward", "sent") / TOKENS,
@@ -186,6 +201,7 @@ class Layer:
             return []
         most = {"NI": 12 if (self.implementation, self.linears) == ("te", "taps") else 8, "NO": 8}
         if self.linears == "fused":
+            most = {"NI": 6, "NO": 6, "base_NI": 2, "base_NO": 2}
             extra = {"TP=1": 0, "TP=2": 4, "TP=2+SP": 2}[self.setting]
             most["kernels"] = 24 + 4 * (self.implementation == "te") + 8 * (self.layout == "split") + extra
             exchanged = {"TP=1": (), "TP=2": tuple(LINEARS), "TP=2+SP": ("qkv", "fc1")}[self.setting]
@@ -195,9 +211,9 @@ class Layer:
             most["kernels"] = 38
         found = {what: getattr(self, what) for what in most}
         problems = [f"{what} {found[what]:g}, allowed {most[what]:g}" for what in most if found[what] > most[what]]
-        behind_norm = self.implementation == "te" and self.linears == "fused"
-        if behind_norm and ("qkv" in self.kept_wide or "fc1" in self.kept_wide):
-            problems.append(f"keeps {self.kept_wide} for the backward; of a linear behind a norm, h alone is allowed")
+        alone = [] if self.linears != "fused" else ["fc2", *(["qkv", "fc1"] if self.implementation == "te" else [])]
+        if any(linear in self.kept_wide for linear in alone):
+            problems.append(f"keeps {self.kept_wide} for the backward; of {', '.join(alone)}, h alone is allowed")
         return [f"{self}: {problem}" for problem in problems]
 
     def __str__(self) -> str:
@@ -211,6 +227,8 @@ def render(layers: list[Layer]) -> str:
         "recompute",
         "NI",
         "NO",
+        "in base's",
+        "again",
         "sent forward",
         "backward",
         "kept",
@@ -222,6 +240,8 @@ def render(layers: list[Layer]) -> str:
             (
                 str(layer),
                 *(f"{value:g}" for value in (layer.kernels, layer.recompute, layer.NI, layer.NO)),
+                f"{layer.base_NI:g}NI + {layer.base_NO:g}NO",
+                layer.again,
                 *(f"{value / RANK:g} r" for value in (layer.sent_forward, layer.sent_backward, layer.kept)),
                 layer.kept_wide,
             )
@@ -271,6 +291,8 @@ def count(case: Case, setting: Setting, layout: str | None, linears: str = "fuse
         layout: of its adapter; None leaves it frozen.
         linears: as ``--lora-linears``.
     """
+    from megatron.core.fusions import fused_bias_swiglu
+
     torch.manual_seed(0)
     module = linear_of(case, setting, layout, linears)
     model = in_ddp(module)
@@ -281,14 +303,16 @@ def count(case: Case, setting: Setting, layout: str | None, linears: str = "fuse
     splits = [TOKENS // 4, TOKENS // 2, 0, TOKENS // 4]
     inputs = ([torch.tensor(splits)] if case.implementation == "te experts" else [splits]) if case.of_experts else []
     shape = (tokens, size_in) if case.of_experts or case.implementation == "peft" else (tokens, 1, size_in // shards)
-    x = torch.randn(shape, requires_grad=True) * 1.0
-    forward, backward = (Traffic(case.widths(setting)) for _ in range(2))
+    behind_swiglu = case.linear == "fc2" and not case.of_experts
+    x = torch.randn(*shape[:-1], shape[-1] * (1 + behind_swiglu), requires_grad=True) * 1.0
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters() if not p.requires_grad and p.ndim > 1}
+    forward, backward = (Traffic(case.widths(setting), weights) for _ in range(2))
     kept: Counter[str] = Counter()
-    with _norms_as_one_kernel(case, forward), _kept_for_backward(model, case.widths(setting), kept), forward:
-        result = model(x, *inputs)
+    with _fused_kernels(case, forward), _kept_for_backward(model, case.widths(setting), kept), forward:
+        result = model(fused_bias_swiglu.bias_swiglu_impl(x, None) if behind_swiglu else x, *inputs)
     y = result[0] if isinstance(result, tuple) else result
     dy = torch.randn_like(y)
-    with _norms_as_one_kernel(case, backward), backward:
+    with _fused_kernels(case, backward), backward:
         y.backward(dy)
     return {
         "forward": forward.count,
@@ -299,18 +323,24 @@ def count(case: Case, setting: Setting, layout: str | None, linears: str = "fuse
 
 
 @contextlib.contextmanager
-def _norms_as_one_kernel(case: Case, traffic: Traffic):
-    """Inside, norms in front of linears count as what they are on a GPU: TransformerEngine's stand-in's, and ours."""
-    if case.implementation != "te":
-        yield
-        return
-    from transformer_engine.pytorch import module
+def _fused_kernels(case: Case, traffic: Traffic):
+    """Inside, what is one kernel on a GPU counts as one: norms in front of linears, the stand-in's and ours, and
+    Megatron's SwiGLU, which it compiles."""
+    from megatron.core.fusions import fused_bias_swiglu
 
-    from slime_plugins.lora.layers.fused import Norm
+    functions = [(fused_bias_swiglu, name, "activation ") for name in ("swiglu", "swiglu_back")]
+    if case.implementation == "te":
+        from transformer_engine.pytorch import module
 
+        from slime_plugins.lora.layers.fused import Norm
+
+        norms = ((module, "norm"), (module, "norm_backward"), (Norm, "__call__"), (Norm, "backward"))
+        functions += [(owner, name, "") for owner, name in norms]
     with contextlib.ExitStack() as patched:
-        for owner, name in ((module, "norm"), (module, "norm_backward"), (Norm, "__call__"), (Norm, "backward")):
-            patched.enter_context(mock.patch.object(owner, name, traffic.one_kernel(getattr(owner, name))))
+        for owner, name, of in functions:
+            function = getattr(owner, name)
+            function = getattr(function, "_torchdynamo_orig_callable", function)
+            patched.enter_context(mock.patch.object(owner, name, traffic.one_kernel(function, of)))
         yield
 
 

@@ -26,13 +26,19 @@ LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linea
 ROUNDING = {torch.bfloat16: 2**-7, torch.float32: 2**-9}
 
 
-def errors(layout: Layout, dtype: torch.dtype, device: str) -> dict[str, dict[str, float]]:
-    """Linear, path, layout, kind of gradient -> y, dx, dA, dB: the error of each, relative to its largest entry."""
+def errors(layout: Layout, dtype: torch.dtype, device: str, size: float = 1.0) -> dict[str, dict[str, float]]:
+    """Linear, path, layout, kind of gradient -> y, dx, dA, dB: the error of each, relative to its largest entry.
+
+    Args:
+        size: of the adapter's matrices; at 1 it gives more than the base does, which rounding errors see best.
+    """
     cases = itertools.product(LINEARS, ("fused", "taps"), ("fused", "split"), (False, True))
-    return {str(case): _errors(*case, dtype, device) for case in cases}
+    return {str(case): _errors(*case, dtype, device, size) for case in cases}
 
 
-def _errors(path: str, linears: str, parts: str, main_grad: bool, dtype: torch.dtype, device: str) -> dict[str, float]:
+def _errors(
+    path: str, linears: str, parts: str, main_grad: bool, dtype: torch.dtype, device: str, size: float
+) -> dict[str, float]:
     linear, name = _linear(path, dtype).to(device).requires_grad_(False), f"decoder.layers.0.{path}"
     base, numbers = frozen_of(linear), tuple(range(len(hf_names(name))))
     config = LoRAConfig(rank=RANK, alpha=3 * RANK, layout=parts)
@@ -43,8 +49,8 @@ def _errors(path: str, linears: str, parts: str, main_grad: bool, dtype: torch.d
     def draw(*shape):
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    for parameter in (linear.weight, linear.lora_A, linear.lora_B):
-        parameter.data.copy_(draw(*parameter.shape) / parameter.shape[-1] ** 0.5)
+    for parameter, of_one in ((linear.weight, 1.0), (linear.lora_A, size), (linear.lora_B, size)):
+        parameter.data.copy_(of_one * draw(*parameter.shape) / parameter.shape[-1] ** 0.5)
     if main_grad:  # as Megatron's DDP has it
         for parameter in (linear.lora_A, linear.lora_B):
             parameter.main_grad = torch.zeros(parameter.shape, device=device)
@@ -61,7 +67,8 @@ def _errors(path: str, linears: str, parts: str, main_grad: bool, dtype: torch.d
         y64 = y64.index_add(-1, part.index().to(device), own @ B[rows_of_B(linear, i).to(device)].t())
     y64.backward(dy.double())
     wanted = {"y": y64, "dx": x64.grad, "dA": A.grad, "dB": B.grad}
-    return {key: _relative(seen[key], wanted[key]) for key in seen}
+    off = {f"{key} rms": _off(seen[key], wanted[key]).square().mean().sqrt().item() for key in ("y", "dx")}
+    return {key: _relative(seen[key], wanted[key]) for key in seen} | off
 
 
 def _linear(path: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -99,8 +106,12 @@ def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.main_grad if getattr(parameter, "grad_added_to_main_grad", False) else parameter.grad
 
 
+def _off(seen: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    return (seen.detach().double() - wanted.detach()) / wanted.detach().abs().max()
+
+
 def _relative(seen: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((seen.detach().double() - wanted.detach()).abs().max() / wanted.abs().max()).item()
+    return _off(seen, wanted).abs().max().item()
 
 
 def check(found: dict[str, dict[str, float]], allowed: float) -> None:
@@ -113,6 +124,14 @@ def test_bf16(pool1):
     """So that what is allowed on a GPU has been seen to suffice."""
     [found] = pool1.run(errors, torch.bfloat16, "cpu")
     check(found, ROUNDING[torch.bfloat16])
+
+
+def test_of_a_small_update_the_sum_is_rounded_once(pool1):
+    """Fused, what is rounded twice is the adapter's term, a twentieth of the base's here; by taps it is the base's."""
+    [found] = pool1.run(errors, torch.bfloat16, "cpu", 0.1)
+    for case in itertools.product(LINEARS, ("fused", "split"), (False, True)):
+        fused, taps = (found[str((case[0], linears, *case[1:]))] for linears in ("fused", "taps"))
+        assert all(fused[key] <= 0.8 * taps[key] for key in ("y rms", "dx rms")), (case, fused, taps)
 
 
 @pytest.mark.gpu

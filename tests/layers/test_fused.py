@@ -15,14 +15,18 @@ import pytest
 import reference
 import torch
 from harness import Layout, WorkerError
+from megatron.core.fusions import fused_bias_swiglu
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from te_models import te_layer_spec
 from tiny_checkpoints import tiny
+from torch.nn.functional import silu
 
 from slime_plugins.lora import LoRAConfig, apply_lora
 from slime_plugins.lora.adapters import adapters_disabled, iter_adapters
 from slime_plugins.lora.layers import grouped
 from slime_plugins.lora.layers.fused import Norm
 from slime_plugins.lora.layers.grouped import Segments
+from slime_plugins.lora.layers.remade import remade
 from slime_plugins.lora.rehearsal.model import build_chunks
 
 TOKENS = reference.batch(128)
@@ -148,6 +152,40 @@ def test_the_report_says_which(pool2, base):
         assert by_taps == (("asked for", 16),)
     with pytest.raises(WorkerError, match=r"--lora-linears fused: 16 linears cannot \(LoRA dropout\)"):
         pool2.run(reports, base, dropout, "fused", pp=2)
+
+
+ACTIVATIONS = {
+    "megatron's": lambda y, scale: bias_swiglu_impl(y, None),
+    "megatron's, in float8": lambda y, scale: bias_swiglu_impl(y, None, True),
+    "one by one": lambda y, scale: silu(y[..., :12]) * (y[..., 12:] + 0),
+    "scaled": lambda y, scale: bias_swiglu_impl(y, None) * scale,
+    "by a constant": lambda y, scale: bias_swiglu_impl(y, None) * 2.0,
+    "none": lambda y, scale: y[..., :12],
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_input_is_made_again(name, monkeypatch):
+    """Bit for bit, from what the graph keeps anyway; and not at all where that is another number or not kept."""
+    monkeypatch.setattr(
+        "megatron.core.fusions.fused_bias_swiglu.swiglu", fused_bias_swiglu.swiglu._torchdynamo_orig_callable
+    )
+    y = torch.randn(5, 2, 24, dtype=torch.bfloat16, requires_grad=True)
+    scale = torch.randn(5, 2, 1, dtype=torch.bfloat16, requires_grad=True)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        x = ACTIVATIONS[name](y, scale)
+    again = remade(x)
+    if name not in ("megatron's", "one by one"):
+        assert again is None
+        return
+    assert all(source.untyped_storage().data_ptr() in kept for source in again.sources)
+    assert torch.equal(again.make(*again.sources).view_as(x), x)
 
 
 def test_norm_is_torchs():

@@ -1,7 +1,8 @@
 """What a forward keeps for its backward, tensor by tensor. Pure arithmetic.
 
 Frozen linears keep no input: with adapters it is the adapted ones that do, the local shard of it, and h = x A^T. One
-that runs fused with its adapter (``layers.fused``) behind a norm of its own keeps h alone: the norm has its input.
+that runs fused with its adapter (``layers.fused``) keeps h alone behind a norm of its own, which has its input, and
+behind the SwiGLU of an MLP, which makes it again (``layers.remade``; not in a layer that is made again as a whole).
 What does not depend on what is trained: inputs of norms, of attention and of the activation function.
 
 Routed experts: every rank is taken to receive its share of the tokens. What a router sends elsewhere shows on no rank
@@ -87,8 +88,8 @@ def stage_activations(
     """
     if batch.tokens % (split.tp if split.sp else 1):
         raise UsageError(f"--tokens {batch.tokens} is no multiple of --tp {split.tp}; sequence parallelism needs one")
-    reckoning = _Reckoning(model, trained, split, batch, BYTES[dtype], kernels or Kernels())
-    return [reckoning.stage(stage, recompute) for stage in range(split.pp)]
+    reckoning = _Reckoning(model, trained, split, batch, recompute, BYTES[dtype], kernels or Kernels())
+    return [reckoning.stage(stage) for stage in range(split.pp)]
 
 
 class _Layer:
@@ -113,21 +114,29 @@ class _Reckoning:
     """One model, one split, one microbatch."""
 
     def __init__(
-        self, model: Model, trained: Trained, split: Split, batch: Batch, element: int, kernels: Kernels
+        self,
+        model: Model,
+        trained: Trained,
+        split: Split,
+        batch: Batch,
+        recompute: str,
+        element: int,
+        kernels: Kernels,
     ) -> None:
-        self.model, self.trained, self.split, self.batch = model, trained, split, batch
+        self.model, self.trained, self.split, self.batch, self.recompute = model, trained, split, batch, recompute
         self.e, self.kernels = element, kernels
         self.T = batch.tokens
         self.S = self.T // (split.tp if split.sp else 1)
         adapters = adapters_of(model, trained.lora, split) if trained.lora else ()
         self.adapters: dict[tuple[int, str], Adapter] = {(a.layer, a.record.path): a for a in adapters}
 
-    def stage(self, stage: int, recompute: str) -> StageActivations:
+    def stage(self, stage: int) -> StageActivations:
         """Of a rank of one pipeline stage."""
+        recompute = self.recompute
         layers = [n for n in range(self.model.num_layers) if self.model.stage_of(n, self.split) == stage]
         hidden = self.S * self.model.hidden * self.e
         counted = [self._layer(number, frozen_input=number == 0 and recompute != "full") for number in layers]
-        kept = sum(layer.kept(recompute, hidden) for layer in counted) + self._shared(recompute)
+        kept = sum(layer.kept(recompute, hidden) for layer in counted) + self._shared()
         work = max(layer.work + layer.again(recompute, hidden) for layer in counted) + self._dense_weight(layers)
         logits = 0
         if stage == self.split.pp - 1:
@@ -140,11 +149,11 @@ class _Reckoning:
             work = max(work, values * (3 * _FP32 if self.kernels.fused else in_place))
         return StageActivations(kept, self.split.pp - stage, work, logits)
 
-    def _shared(self, recompute: str) -> int:
+    def _shared(self) -> int:
         """What all layers have together: the mask, and under recompute the angles of the rotary embedding."""
         sequence = self.batch.sequence or self.T
         dim = self.model.shapes[f"{_LAYER}.o_proj.weight"][1] // self.model.num_heads
-        angles = self.T * dim * _FP32 if recompute == "full" else 0
+        angles = self.T * dim * _FP32 if self.recompute == "full" else 0
         return angles + (0 if self.kernels.flash else sequence * sequence)
 
     def _layer(self, number: int, frozen_input: bool) -> _Layer:
@@ -163,11 +172,11 @@ class _Reckoning:
         copies = own_input + (self.trained.base and not self.kernels.te)
         return rows * heads * (width * self.e * copies + _FP32)
 
-    def _input(self, number: int, path: str, rows: int, width: int, behind_norm: bool = False) -> int:
+    def _input(self, number: int, path: str, rows: int, width: int, behind: str = "") -> int:
         """What a linear keeps of its input, with h.
 
         Args:
-            behind_norm: TransformerEngine has the norm in front in the same module.
+            behind: ``norm``, which TransformerEngine has in the same module, or ``swiglu``.
         """
         adapter = self.adapters.get((number, path))
         if adapter is None:
@@ -178,7 +187,8 @@ class _Reckoning:
         # By taps under sequence parallelism, a column-parallel linear has a rank's tokens for an input and all for h,
         # a row-parallel one the other way round. Fused, all for h.
         h_rows = self.S if adapter.record.parallel == "row" and not fused else self.T
-        kept = 0 if fused and behind_norm and self.kernels.te else rows * width
+        has_input = {"norm": self.kernels.te, "swiglu": self.recompute != "full"}.get(behind, False)
+        kept = 0 if fused and has_input else rows * width
         return (kept + (rows if adapter.record.is_expert else h_rows) * adapter.width) * self.e
 
     def _attention(self, number: int, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int, int]:
@@ -188,7 +198,7 @@ class _Reckoning:
         T, e, tp, hidden = self.T, self.e, self.split.tp, self.model.hidden
         q, kv = (shapes[f"self_attn.{p}_proj.weight"][0] // tp for p in "qk")
         out = shapes["self_attn.o_proj.weight"][1] // tp
-        rest = self._input(number, "self_attention.linear_qkv", self.S, hidden, behind_norm=True)
+        rest = self._input(number, "self_attention.linear_qkv", self.S, hidden, behind="norm")
         heads = self.model.num_heads // tp
         groups = heads * kv // out
         if "self_attn.q_norm.weight" in shapes:
@@ -229,7 +239,9 @@ class _Reckoning:
         paths |= {"linear_q_up_proj": (self.S, low)} if low else {}
         paths |= {"linear_proj": (T, out)}
         kept = {
-            path: self._input(number, f"self_attention.{path}", *size, behind_norm=path.endswith("up_proj"))
+            path: self._input(
+                number, f"self_attention.{path}", *size, behind="norm" if path.endswith("up_proj") else ""
+            )
             for path, size in paths.items()
         }
         first = ["linear_q_proj" if not low else "linear_q_down_proj", "linear_kv_down_proj"]
@@ -266,8 +278,10 @@ class _Reckoning:
         self, number: int, path: str, width: int, in_rows: int, rows: int, routed: bool = False
     ) -> tuple[int, int]:
         e = self.e
-        kept = self._input(number, f"{path}.linear_fc1", in_rows, self.model.hidden, behind_norm=path == "mlp")
-        kept += self._input(number, f"{path}.linear_fc2", rows, width)
+        kept = self._input(
+            number, f"{path}.linear_fc1", in_rows, self.model.hidden, behind="norm" if path == "mlp" else ""
+        )
+        kept += self._input(number, f"{path}.linear_fc2", rows, width, behind="swiglu")
         kept += rows * 2 * width * e
         if not self.kernels.fused:
             kept += rows * (3 if routed else 2) * width * e  # SiLU(gate), up + 0, and with experts their product

@@ -5,7 +5,11 @@
 What it saves over the two taps of ``lowrank``, which go around a linear that they do not know:
 
     kept for the backward   x as it comes, and h. Not the norm's output, which the base does not keep either:
-                            RMSNorm is ln = rho x gamma, so dA = s ((rho dh)^T x) gamma
+                            RMSNorm is ln = rho x gamma, so dA = s ((rho dh)^T x) gamma. Nor an x that can be made
+                            again from what the graph keeps (``remade``)
+    adding                  h Bs^T is there first, and the base's product is added to it (beta = 1), the input's
+                            gradient likewise. Of one more reading and writing, the reading is then the base product's,
+                            which computes meanwhile; and in bf16 the small term is rounded twice, not the large one
     input gradient          dh A is added to the base's own before its exchange and before the norm's backward; a norm
                             of TransformerEngine's takes it as a second gradient, which costs three passes more
     exchanges               none forward: h is taken from the gathered input of a column-parallel linear, and added to
@@ -27,14 +31,15 @@ What it saves over the two taps of ``lowrank``, which go around a linear that th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from slime_plugins.lora.layers.lowrank import outer, scaled_mm
+from slime_plugins.lora.layers.lowrank import scaled_mm
+from slime_plugins.lora.layers.main_grad import added, main_grad_of, outer_into
+from slime_plugins.lora.layers.remade import remade
 from slime_plugins.lora.layers.spec import AdapterSpec
 
 
@@ -172,22 +177,25 @@ class _FusedLinear(torch.autograd.Function):
     """y, of the shape of x but for the last dimension. The weight, its bias and the norm are frozen."""
 
     @staticmethod
-    def forward(ctx, x, W, bias, A, B, operation):
+    def forward(ctx, x, W, bias, A, B, operation, again):
         x_NI, rho = x.reshape(-1, x.shape[-1]), None
         ln_NI = x_NI
         if operation.norm is not None:
             ln_NI, rho = operation.norm(x_NI)
         if operation.exchange.gathers:
             ln_NI = operation.exchange.gather(ln_NI)
-        y_NO = ln_NI @ W.t()
         ctx.operation, ctx.shape, ctx.parameters = operation, x.shape, (A, B)
         if A is None:
+            y_NO = ln_NI.new_zeros(ln_NI.shape[0], W.shape[0])  # the same sum as with a B of zeros
             ctx.save_for_backward(x_NI if rho is not None else None, rho, W)
         else:
             A_CI, B_OC = A.to(x.dtype), operation.up.dense(B.to(x.dtype))
             h_NC = scaled_mm(ln_NI, A_CI.t(), operation.up.scaling)
-            y_NO.addmm_(h_NC, B_OC.t())
-            ctx.save_for_backward(x_NI, rho, W, A_CI, B_OC, h_NC)
+            y_NO = h_NC @ B_OC.t()
+            kept = (x_NI,) if again is None else again.sources
+            ctx.make = None if again is None else again.make
+            ctx.save_for_backward(rho, W, A_CI, B_OC, h_NC, *kept)
+        y_NO.addmm_(ln_NI, W.t())
         if bias is not None:
             y_NO.add_(bias)
         return y_NO.view(-1, *x.shape[1:-1], W.shape[0])
@@ -195,12 +203,12 @@ class _FusedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x_NI, rho, W, *of_adapter = ctx.saved_tensors
         dy_NO, wants_dx = dy.reshape(-1, dy.shape[-1]), ctx.needs_input_grad[0]
-        if not of_adapter:
+        if ctx.parameters[0] is None:
+            x_NI, rho, W = ctx.saved_tensors
             finish = _dx(ctx, dy_NO @ W, x_NI, rho) if wants_dx else None
-            return finish() if finish else None, None, None, None, None, None
-        A_CI, B_OC, h_NC = of_adapter
+            return finish() if finish else None, None, None, None, None, None, None
+        rho, W, A_CI, B_OC, h_NC, *kept = ctx.saved_tensors
         exchange, up = ctx.operation.exchange, ctx.operation.up
         dh_NC = dy_NO @ B_OC
         dh_for_A, h_for_B, sent = dh_NC, h_NC, None
@@ -212,15 +220,17 @@ class _FusedLinear(torch.autograd.Function):
             h_for_B, sent = exchange.sum(h_NC.clone())
         finish = None
         if wants_dx:
-            dln_NI = dy_NO @ W
-            dln_NI.addmm_(dh_NC, A_CI, alpha=up.scaling)
-            finish = _dx(ctx, dln_NI, x_NI, rho)
+            dln_NI = scaled_mm(dh_NC, A_CI, up.scaling).addmm_(dy_NO, W)
+            finish = _dx(ctx, dln_NI, kept[0], rho)
         if sent is not None:
             sent.wait()
         A, B = ctx.parameters
         dB = _dB(B, dy_NO, h_for_B, up) if ctx.needs_input_grad[4] else None
-        dA = _dA(A, dh_for_A, x_NI, up.scaling, rho, ctx.operation.norm) if ctx.needs_input_grad[3] else None
-        return finish() if finish else None, None, None, dA, dB, None
+        dA = None
+        if ctx.needs_input_grad[3]:
+            x_NI = ctx.make(*kept).reshape(-1, A_CI.shape[1]) if ctx.make else kept[0]
+            dA = _dA(A, dh_for_A, x_NI, up.scaling, rho, ctx.operation.norm)
+        return finish() if finish else None, None, None, dA, dB, None, None
 
 
 def _dx(ctx, dln_NI: torch.Tensor, x_NI: torch.Tensor, rho: torch.Tensor | None):
@@ -243,70 +253,24 @@ def _dx(ctx, dln_NI: torch.Tensor, x_NI: torch.Tensor, rho: torch.Tensor | None)
 def _dA(A, dh_NC, x_NI, scaling: float, rho: torch.Tensor | None, norm: Norm | None) -> torch.Tensor:
     """scaling * dh^T ln [C, I], of the A that was given: added to its ``main_grad`` where that can be."""
     if rho is None or norm is None:
-        return _outer_of(A, dh_NC, x_NI, scaling)
+        return outer_into(A, dh_NC, x_NI, scaling)
     dA = (dh_NC * rho.to(dh_NC.dtype)).t() @ x_NI
-    main_grad = _main_grad(A)
+    main_grad = main_grad_of(A)
     if main_grad is None:
         return (dA * norm.gamma).mul_(scaling).to(A.dtype)
     main_grad.addcmul_(dA, norm.gamma, value=scaling)
-    return _added(A)
+    return added(A)
 
 
 def _dB(B, dy_NO, h_NC, up: OneProduct) -> torch.Tensor:
     """dy^T h, of the B that was given; h is scaled. The same."""
     if up.is_B:
-        return _outer_of(B, dy_NO, h_NC, 1.0)
-    dB, main_grad = up.dB(dy_NO.t() @ h_NC), _main_grad(B)
+        return outer_into(B, dy_NO, h_NC, 1.0)
+    dB, main_grad = up.dB(dy_NO.t() @ h_NC), main_grad_of(B)
     if main_grad is None:
         return dB.to(B.dtype)
     main_grad.add_(dB)
-    return _added(B)
-
-
-def _outer_of(parameter, a_NK: torch.Tensor, b_NM: torch.Tensor, scaling: float) -> torch.Tensor:
-    """scaling * a^T b [K, M], for a parameter of that shape."""
-    main_grad = _main_grad(parameter)
-    if main_grad is not None and main_grad.dtype == a_NK.dtype:
-        # A product with few rows, not few columns, is twice as fast on a CPU.
-        flip = a_NK.shape[1] > b_NM.shape[1]
-        into, left, right = (main_grad.t(), b_NM, a_NK) if flip else (main_grad, a_NK, b_NM)
-        into.addmm_(left.t(), right, alpha=scaling)
-        return _added(parameter)
-    if main_grad is not None and _adds_products_of(a_NK.dtype, main_grad.dtype, a_NK.device):
-        torch.addmm(main_grad, a_NK.t(), b_NM, alpha=scaling, out_dtype=main_grad.dtype, out=main_grad)
-        return _added(parameter)
-    return outer(a_NK, b_NM, scaling).to(parameter.dtype)
-
-
-def _main_grad(parameter: torch.nn.Parameter) -> torch.Tensor | None:
-    """Megatron DDP's buffer for the gradient, if a backward may add to it by itself."""
-    if not hasattr(parameter, "grad_added_to_main_grad") or hasattr(parameter, "__fsdp_param__"):
-        return None
-    return getattr(parameter, "main_grad", None)
-
-
-def _added(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Tell DDP's hook, which wants a gradient to be called at all: one that nobody reads."""
-    parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return torch.empty_like(parameter)
-
-
-@lru_cache
-def _adds_products_of(dtype: torch.dtype, into: torch.dtype, device: torch.device) -> bool:
-    """Does torch add products of a narrow dtype to a wide matrix in place here, and rightly?
-
-    Asked of the device itself, by an example: the operator has no documented word on ``out`` being its own argument.
-    """
-    if device.type != "cuda":
-        return False
-    a, b = (torch.arange(64 * n, device=device).remainder(7).to(dtype).view(64, n) for n in (16, 32))
-    expected = a.to(into).t() @ b.to(into) * 2 + 1
-    got = torch.ones(16, 32, dtype=into, device=device)
-    try:
-        torch.addmm(got, a.t(), b, alpha=2, out_dtype=into, out=got)
-    except (RuntimeError, TypeError):
-        return False
-    return bool((got - expected).abs().max() <= 1e-3 * expected.abs().max())
+    return added(B)
 
 
 class Fused:
@@ -315,6 +279,15 @@ class Fused:
     def __init__(self, linear: Any) -> None:
         self._linear = linear
         self._ups = [(linear.lora, OneProduct(linear.lora, linear.lora_base.shape[0]))]
+
+    @property
+    def _is_recomputed(self) -> bool:
+        """Is the layer made again in the backward, or its MLP? Then an input lives no longer than that, and to make it
+        once more would give nothing."""
+        config = self._linear.lora_base.config
+        return config.recompute_granularity == "full" or (
+            config.recompute_granularity == "selective" and "mlp" in (config.recompute_modules or ())
+        )
 
     def __call__(
         self,
@@ -343,7 +316,8 @@ class Fused:
             summed_once=linear.lora_base.tokens == "sequence",
         )
         A, B = (linear.lora_A, linear.lora_B) if linear.lora_enabled else (None, None)
-        return _FusedLinear.apply(x, weight, bias, A, B, Operation(exchange, norm, self._up(linear.lora)))
+        again = remade(x) if A is not None and norm is None and not self._is_recomputed else None
+        return _FusedLinear.apply(x, weight, bias, A, B, Operation(exchange, norm, self._up(linear.lora)), again)
 
     def _up(self, spec: AdapterSpec) -> OneProduct:
         """Of the adapter that the linear wears: a teacher's may be another (``objectives.teacher``)."""

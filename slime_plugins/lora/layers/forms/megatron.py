@@ -22,7 +22,7 @@ class _LoRAMegatronLinear(LoRALinear):
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """Megatron's product [..., I] -> [..., O], with the exchanges that it says."""
-        if self.lora_fused is None or not self.lora_enabled:
+        if self.lora_fused is None:
             return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
         return self.lora_fused(
             input, weight, kwargs["bias"], gathers=kwargs["sequence_parallel"], sums_dx=kwargs["allreduce_dgrad"]
