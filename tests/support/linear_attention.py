@@ -1,4 +1,4 @@
-"""Linear attention as slime has it on TransformerEngine's layers: with the norm in front in it. The rest: rehearsal."""
+"""Linear attention as slime has it on TransformerEngine's layers: the norm is in it. The rest is the rehearsal's."""
 
 from __future__ import annotations
 
