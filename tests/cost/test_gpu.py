@@ -63,7 +63,7 @@ def warmed_up() -> int:
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_peak(tmp_path, method, recompute):
-    from te_models import single_process_groups
+    from one_linear import single_process_groups
 
     trained = Trained(lora=LoRAConfig(rank=16)) if method == "lora" else Trained(base=True)
     path = make_tiny(tmp_path, "qwen3", **SIZES, dtype=torch.bfloat16, tokenizer=False)

@@ -12,12 +12,10 @@ import pytest
 import torch
 from adapted import rows_of_B
 from harness import Layout
-from te_models import single_process_groups
+from one_linear import adapt_alone, layer_config, single_process_groups
 
 from slime_plugins.lora import LoRAConfig
-from slime_plugins.lora.layers import adapt, frozen_of, kind_of, spec_for
 from slime_plugins.lora.layers.fused import Norm
-from slime_plugins.lora.names import hf_names
 
 HIDDEN, HEADS, GROUPS, HEAD_DIM, FFN, TOKENS, RANK = 64, 4, 2, 24, 80, 40, 8
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
@@ -39,10 +37,9 @@ def errors(layout: Layout, dtype: torch.dtype, device: str, size: float = 1.0) -
 def _errors(
     path: str, linears: str, parts: str, main_grad: bool, dtype: torch.dtype, device: str, size: float
 ) -> dict[str, float]:
-    linear, name = _linear(path, dtype).to(device).requires_grad_(False), f"decoder.layers.0.{path}"
-    base, numbers = frozen_of(linear), tuple(range(len(hf_names(name))))
+    linear = _linear(path, dtype).to(device).requires_grad_(False)
     config = LoRAConfig(rank=RANK, alpha=3 * RANK, layout=parts)
-    adapt(linear, kind_of(linear).form, base, spec_for(base, name, numbers, config), None, linears)
+    adapt_alone(linear, f"decoder.layers.0.{path}", config, linears)
     assert (linear.lora_fused is not None) == (linears == "fused")
     generator = torch.Generator().manual_seed(0)
 
@@ -74,19 +71,15 @@ def _errors(
 def _linear(path: str, dtype: torch.dtype) -> torch.nn.Module:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=HIDDEN,
-        num_attention_heads=HEADS,
+    config = layer_config(
+        HIDDEN,
+        HEADS,
         num_query_groups=GROUPS,
         kv_channels=HEAD_DIM,
         ffn_hidden_size=FFN,
         gated_linear_unit=True,
-        add_bias_linear=False,
         params_dtype=dtype,
-        use_cpu_initialization=True,
     )
     sizes = {
         "linear_qkv": (HIDDEN, (HEADS + 2 * GROUPS) * HEAD_DIM),

@@ -115,7 +115,7 @@ def test_import_needs_no_te(pool1):
 def test_real_te(kind):
     """The same comparison with the TransformerEngine that is installed, in this process, TP 1."""
     pytest.importorskip("transformer_engine.pytorch", reason="needs TransformerEngine")
-    from te_models import single_process_groups
+    from one_linear import single_process_groups
 
     with single_process_groups("nccl"):
         for case, worst in linear_alone(Layout(), kind, device=torch.device("cuda")).items():
@@ -127,7 +127,7 @@ def test_real_te(kind):
 @pytest.mark.parametrize("leaf", ["linear_fc1", "linear_fc2"])
 def test_real_te_of_experts(leaf, rank):
     pytest.importorskip("transformer_engine.pytorch", reason="needs TransformerEngine")
-    from te_models import single_process_groups
+    from one_linear import single_process_groups
 
     with single_process_groups("nccl"):
         errors = grouped_alone(Layout(), leaf, rank, device=torch.device("cuda"))

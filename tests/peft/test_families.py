@@ -10,15 +10,16 @@ import warnings
 import families
 import pytest
 import torch
-from families import FAMILIES, projections
+from families import FAMILIES, PARTS, projections
 from safetensors.torch import load_file, save_file
 
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.base.merge import merge_checkpoint
+from slime_plugins.lora.cli.verify import table
 from slime_plugins.lora.peft import form
 from slime_plugins.lora.peft.directory import write_adapter
 from slime_plugins.lora.peft.form import to_peft
-from slime_plugins.lora.peft.loaders import LOAD_ADAPTER, PEFT, SGLANG
+from slime_plugins.lora.peft.loaders import LOAD_ADAPTER, PEFT, SGLANG, VLLM
 from slime_plugins.lora.peft.verify import verify_adapter
 from slime_plugins.lora.projections import Projection
 
@@ -122,12 +123,59 @@ def test_experts_one_by_one_that_peft_does_not_read(bases, tmp_path, name):
     report = verify_adapter(tmp_path / "adapter", path)
     experts = sum(".experts." in p.name for p in adapter)
     assert report.ok
+    assert table(report).splitlines()[-1] == (
+        f"ok, but not whole in PeftModel.from_pretrained, load_adapter: {experts} of {len(adapter)} modules are left "
+        "out without an error: experts of this family are read in the fused form alone: export it with --moe-format "
+        "fused"
+    )
     for loader in (PEFT, LOAD_ADAPTER):
         assert f"leaves out {experts} of {len(adapter)} without an error" in report.loaders[loader]
         assert any(w.message.startswith(loader) and "--moe-format fused" in w.message for w in report.warnings)
     model = families.load(path, name)
     unread = model.load_adapter(str(tmp_path / "adapter")).unexpected_keys
     assert unread and all(".experts" in key for key in unread)
+
+
+NEVER = [
+    ("qwen3_moe", r"mlp\.gate", "no adapter of the router"),
+    ("qwen3_5_text", r"in_proj_[ab]", "no adapter of the gates"),
+]
+
+
+@pytest.mark.parametrize("name, only, why", NEVER, ids=[why for *_, why in NEVER])
+def test_what_sglang_never_serves(bases, tmp_path, name, only, why):
+    """Merged into the base, it is served: no other way is named."""
+    base = BaseCheckpoint(bases(name))
+    write_adapter(tmp_path / "adapter", *to_peft(projections(base, only), base), base=base)
+    said = verify_adapter(tmp_path / "adapter", bases(name)).loaders[SGLANG]
+    assert why in said and said.endswith("; merge the adapter into its base") and "--lora-sync" not in said
+
+
+@pytest.mark.parametrize("name, only, outcome", PARTS, ids=[f"{name} {only}" for name, only, _ in PARTS])
+def test_what_sglang_does_with_a_part(bases, tmp_path, name, only, outcome):
+    """As its own code does: tests/contracts/test_names.py."""
+    path = bases(name)
+    base = BaseCheckpoint(path)
+    write_adapter(tmp_path / "adapter", *to_peft(projections(base, only), base), base=base)
+    report = verify_adapter(tmp_path / "adapter", path)
+    assert report.ok
+    said, last = report.loaders[SGLANG], table(report).splitlines()[-1]
+    assert said.replace("refuses the adapter for", "refuses").startswith(outcome)
+    assert last.startswith("ok, but not whole in SGLang: " if outcome.startswith("leaves out") else "ok")
+    assert (last == "ok") is not outcome.startswith("leaves out")
+
+
+def test_vllm_takes_no_part_of_a_layer_of_experts(bases, tmp_path):
+    path = bases("qwen3_moe")
+    base = BaseCheckpoint(path)
+    for only, said in (
+        (r"0\.mlp\.experts.*", "takes all"),  # all of one layer
+        (r"experts\.\d\.(gate|up)_proj|o_proj", "refuses the adapter for 16 of 18: "),
+        (r"0\.mlp\.experts\.[012]\..*|1\.mlp\.experts.*", "refuses the adapter for 9 of 21: "),
+    ):
+        config, tensors = to_peft(projections(base, only), base)
+        write_adapter(tmp_path / "adapter", config, tensors, base=base)
+        assert verify_adapter(tmp_path / "adapter", path).loaders[VLLM].startswith(said)
 
 
 def test_what_servers_leave_out_is_said(bases, tmp_path):

@@ -114,6 +114,9 @@ FAMILIES = {
     "qwen2_moe": Family("Qwen2MoeConfig", "Qwen2MoeForCausalLM", TEXT | SHARED, _BOTH),
     "glm4_moe": Family("Glm4MoeConfig", "Glm4MoeForCausalLM", TEXT | HEADS | GLM, _BOTH),
     "deepseek_v3": Family("DeepseekV3Config", "DeepseekV3ForCausalLM", TEXT | LATENT, _BOTH),
+    "deepseek_v3_direct_q": Family(
+        "DeepseekV3Config", "DeepseekV3ForCausalLM", TEXT | LATENT | dict(q_lora_rank=None), _BOTH
+    ),
     "qwen3_next": Family(
         "Qwen3NextConfig", "Qwen3NextForCausalLM", TEXT | HEADS | SHARED | GDN | dict(rope_parameters=ROPE), _BOTH
     ),
@@ -197,12 +200,48 @@ def load(path: Path, name: str):
     return cls.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def projections(base: BaseCheckpoint) -> list[Projection]:
-    """A trained adapter of rank 4 on everything that all-linear adapts."""
+PARTS = [
+    ("llama", r"[kqv]_proj", "takes all"),
+    ("llama", r"[qv]_proj", "takes all"),
+    ("llama", r"q_proj", "refuses 2 of 2"),
+    ("llama", r"v_proj|o_proj", "refuses 2 of 4"),
+    ("llama", r"[kq]_proj", "refuses 4 of 4"),
+    ("llama", r"[kv]_proj", "refuses 4 of 4"),
+    ("llama", r"q_proj|1\.self_attn\.v_proj", "refuses 1 of 3"),  # in one of two layers
+    ("llama", r"gate_proj|down_proj", "takes all"),
+    ("llama", r"up_proj|down_proj", "refuses 2 of 4"),
+    ("deepseek_v3", r"q_a_proj|kv_a_proj_with_mqa", "takes all"),
+    ("deepseek_v3", r"q_a_proj|o_proj", "refuses 2 of 4"),
+    ("deepseek_v3", r"kv_a_proj_with_mqa", "refuses 2 of 2"),
+    ("deepseek_v3", r"[qv]_b_proj", "takes all"),
+    ("deepseek_v3_direct_q", r"o_proj|kv_b_proj", "takes all"),
+    ("deepseek_v3_direct_q", r"\.q_proj|o_proj", "refuses 2 of 4"),
+    ("deepseek_v3_direct_q", r"kv_a_proj_with_mqa|o_proj", "refuses 2 of 4"),
+    ("qwen3_moe", r"experts.*", "takes all"),
+    ("qwen3_moe", r"experts\.[01]\..*", "takes all"),
+    ("qwen3_moe", r"experts.*(gate|down)_proj", "takes all"),
+    ("qwen3_moe", r"experts.*(up|down)_proj", "refuses 8 of 16"),
+    ("qwen3_moe", r"experts.*(gate|up)_proj", "leaves out 16 of 16"),
+    ("qwen3_moe", r"experts.*down_proj|o_proj", "leaves out 8 of 10"),
+    ("glm4_moe", r"\.experts.*down_proj|0\.mlp\.gate_proj", "takes all"),  # a dense layer's makes room for gate
+    ("qwen3_moe", r"mlp\.gate", "refuses 2 of 2"),
+    ("qwen3_moe", r"mlp\.gate|o_proj", "refuses 2 of 4"),
+    ("deepseek_v3", r"mlp\.gate", "refuses 1 of 1"),
+    ("qwen3_5_text", r"in_proj_[ab]|o_proj", "refuses 2 of 3"),
+]
+"""A family, an adapter on some of its linears, and what SGLang does with it."""
+
+
+def projections(base: BaseCheckpoint, only: str | None = None) -> list[Projection]:
+    """A trained adapter of rank 4 on everything that all-linear adapts; or on what matches an expression, at its end.
+
+    ``only``: of routers and gates too, which are adapted by name alone.
+    """
     generator, found = torch.Generator().manual_seed(1), []
     for stored in sorted(base.linears):
         name = base.canonical(stored)
-        if base.layer_of(stored) is None or not _takes(name, base.mla):
+        wanted = _takes(name, base.mla) if only is None else re.search(rf"(?:{only})$", name)
+        if base.layer_of(stored) is None or not wanted:
             continue
         rows, columns = base.linear_shape(stored)
         A, B = (torch.randn(*size, generator=generator) * 0.2 for size in ((4, columns), (rows, 4)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import types
+import weakref
 from argparse import Namespace
 from pathlib import Path
 
@@ -431,10 +433,7 @@ def adapter_sync(layout: Layout, hf_dir, work, colocate: bool, answer):
 
     slime_stand_ins.install()
     model = model_of(layout, hf_dir, dtype=torch.bfloat16)
-    args = Namespace(
-        colocate=colocate, lora_sync_dir=None if colocate else str(work), hf_checkpoint=str(hf_dir),
-        offload_train=colocate, offload_rollout=False, sglang_tp_size=2, lora_sync_timeout=10.0, lora_sync_lag=None,
-    )  # fmt: skip
+    args = _of_a_sync(hf_dir, colocate, None if colocate else str(work))
     store = Policies(args, model)
     first, second = Engine(answer), Engine()
     updater = AdapterUpdater(args, model, None, model_name="", quantization_config=None, policies=store)
@@ -468,3 +467,63 @@ def adapter_sync(layout: Layout, hf_dir, work, colocate: bool, answer):
         "sent": sent,
         "left": sorted(p.name for p in Path(work).iterdir() if not p.name.startswith("peft")),
     }
+
+
+def _of_a_sync(hf_dir, colocate: bool, folder: str | None) -> Namespace:
+    return Namespace(
+        colocate=colocate, lora_sync_dir=folder, hf_checkpoint=str(hf_dir), offload_train=colocate,
+        offload_rollout=False, sglang_tp_size=2, lora_sync_timeout=10.0, lora_sync_lag=None,
+    )  # fmt: skip
+
+
+class HostCopy:
+    """Stands for an adapter's copy in host memory; ``on_device`` are those of all copies that are there now."""
+
+    on_device: weakref.WeakSet = weakref.WeakSet()
+    most = 0
+
+    def __init__(self, tensor: torch.Tensor):
+        self._tensor = tensor
+
+    def to(self, device) -> torch.Tensor:
+        moved = self._tensor.clone()
+        HostCopy.on_device.add(moved)
+        HostCopy.most = max(HostCopy.most, len(HostCopy.on_device))
+        return moved
+
+
+def adapter_sync_costs(layout: Layout, hf_dir, work):
+    """Three syncs of offloaded adapters, the base touched before the last: what is held and read on the way."""
+    import sglang_stand_in  # noqa: F401  # an SGLang with the LoRA requests
+
+    from slime_plugins.lora.base import checkpoint
+    from slime_plugins.lora.slime.hooks import merged_sync as sync_hooks
+    from slime_plugins.lora.slime.hooks.adapter_sync import AdapterUpdater
+    from slime_plugins.lora.slime.hooks.policies import Policies
+
+    slime_stand_ins.install()
+    mine = Path(work) / f"base-{dist.get_rank()}"
+    shutil.copytree(hf_dir, mine)
+    model = model_of(layout, mine, dtype=torch.bfloat16)
+    args = _of_a_sync(mine, True, None)
+    store = Policies(args, model)
+    store.backup("actor")
+    store._adapters["actor"] = [
+        {name: HostCopy(copy) for name, copy in copies.items()} for copies in store._adapters["actor"]
+    ]
+    updater = AdapterUpdater(args, model, None, model_name="", quantization_config=None, policies=store)
+    updater.connect_rollout_engines([Engine()], None)
+    read, reads, header = [], [], checkpoint.read_header
+    checkpoint.read_header = lambda path: (read.append(path), header(path))[1]
+    try:
+        for touched in (False, False, True):
+            if touched:
+                for file in mine.glob("*.safetensors"):
+                    file.touch()
+            with sync_hooks.sending(model, store):
+                updater.update_weights()
+            reads.append(len(read))
+    finally:
+        checkpoint.read_header = header
+    most, HostCopy.most = HostCopy.most, 0
+    return {"most": most, "left": len(HostCopy.on_device), "headers": reads}

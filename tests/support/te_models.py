@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 
 import adapted
@@ -12,13 +11,11 @@ from harness import Layout
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.transformer_config import TransformerConfig
+from one_linear import adapt_alone, layer_config
 from reference import draw
 
 from slime_plugins.lora import LoRAConfig
 from slime_plugins.lora.adapters import iter_adapters
-from slime_plugins.lora.layers import adapt, frozen_of, kind_of, spec_for
-from slime_plugins.lora.names import hf_names
 
 HIDDEN, HEADS, GROUPS, HEAD_DIM = 24, 4, 2, 10
 
@@ -48,21 +45,6 @@ def parity_te(layout: Layout, hf_dir, config, ref_logits, ref_grads, tokens, rec
     return errors
 
 
-@contextlib.contextmanager
-def single_process_groups(backend: str):
-    """Megatron's groups for this process alone."""
-    from megatron.core import tensor_parallel
-
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    mpu.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    try:
-        yield
-    finally:
-        mpu.destroy_model_parallel()
-        dist.destroy_process_group()
-
-
 def linear_alone(
     layout: Layout, kind: str, linears: str = "auto", device: torch.device | None = None
 ) -> dict[str, float]:
@@ -80,16 +62,16 @@ def linear_alone(
 
 def _errors(layout, kind, return_bias, frozen, fusion, device, linears):
     device = device or torch.device("cpu")
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=HIDDEN,
-        num_attention_heads=HEADS,
+    config = layer_config(
+        HIDDEN,
+        HEADS,
+        on=device,
         num_query_groups=GROUPS,
         kv_channels=HEAD_DIM,
+        add_bias_linear=True,
         normalization="RMSNorm",
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=layout.sp,
-        use_cpu_initialization=device.type == "cpu",
         gradient_accumulation_fusion=fusion,
     )
     linear, name = _build(kind, config, return_bias)
@@ -103,10 +85,8 @@ def _errors(layout, kind, return_bias, frozen, fusion, device, linears):
         "lora_A": draw("A", 3, fan_in) / fan_in**0.5,
         "lora_B": draw("B", fan_out, 3),
     }
-    form, base = kind_of(linear).form, frozen_of(linear)
-    numbers, parallel = tuple(range(len(hf_names(name)))), base.parallel
     linear.requires_grad_(not frozen)
-    adapt(linear, form, base, spec_for(base, name, numbers, _CONFIG), None, linears)
+    parallel = adapt_alone(linear, name, _CONFIG, linears).parallel
     assert (linear.lora_fused is not None) == (frozen and linears == "auto"), linear.lora_why_taps
     axis = {"column": {"weight": 0, "bias": 0, "lora_B": 0}, "row": {"weight": 1, "lora_A": 1}}.get(parallel, {})
     tp, group = layout.tp, mpu.get_tensor_model_parallel_group()
@@ -182,15 +162,7 @@ def grouped_alone(layout: Layout, leaf: str, rank: int, device: torch.device | N
 
     device, splits, scale = device or torch.device("cpu"), [3, 0, 8, 5], 2.0
     fan_in, fan_out = (HIDDEN, 32) if leaf == "linear_fc1" else (16, HIDDEN)
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=HIDDEN,
-        num_attention_heads=HEADS,
-        num_moe_experts=len(splits),
-        gated_linear_unit=True,
-        add_bias_linear=False,
-        use_cpu_initialization=device.type == "cpu",
-    )
+    config = layer_config(HIDDEN, HEADS, on=device, num_moe_experts=len(splits), gated_linear_unit=True)
     kind = te.TEColumnParallelGroupedLinear if leaf == "linear_fc1" else te.TERowParallelGroupedLinear
     linear = kind(
         len(splits),
@@ -202,10 +174,8 @@ def grouped_alone(layout: Layout, leaf: str, rank: int, device: torch.device | N
         skip_bias_add=False,
         is_expert=True,
     ).to(device)
-    name = f"decoder.layers.0.mlp.experts.{leaf}"
-    form, base = kind_of(linear).form, frozen_of(linear)
-    spec = spec_for(base, name, tuple(range(len(hf_names(name)))), LoRAConfig(rank=rank, alpha=scale * rank))
-    adapt(linear, form, base, spec, None)
+    lora = LoRAConfig(rank=rank, alpha=scale * rank)
+    base = adapt_alone(linear, f"decoder.layers.0.mlp.experts.{leaf}", lora)
     A, B = draw("A", len(splits), rank, fan_in) / fan_in**0.5, draw("B", len(splits), fan_out, rank)
     linear.requires_grad_(False)
     for parameter, value in ((linear.lora_A, A), (linear.lora_B, B)):

@@ -21,6 +21,7 @@ from slime_plugins.lora.base.spelling import CANONICAL_LAYERS, LAYER_PREFIXES, S
 from slime_plugins.lora.base.stacks import StackedExpert, stacked_experts
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.files.json_text import read_object
+from slime_plugins.lora.files.regular import identity
 from slime_plugins.lora.files.safetensors import Stored, read_header
 from slime_plugins.lora.names import spellings
 
@@ -49,8 +50,12 @@ class BaseCheckpoint:
 
     def __init__(self, directory: str | os.PathLike):
         self.directory = Path(directory)
-        self.config = self._config()
-        tensors = self._tensors()
+        config, index = self.directory / "config.json", self.directory / INDEX
+        self._as_read = {path: _identity(path) for path in (config, index)}
+        self.config = self._config(config)
+        files, named = self._files(index)
+        self._as_read |= {path: _identity(path) for path in files}
+        tensors = self._tensors(files, named)
         self.files = list(dict.fromkeys(tensor.file for tensor in tensors.values()))
         """Those that hold weights."""
         self.weights: dict[str, Stored] = in_matrices(tensors)
@@ -60,6 +65,10 @@ class BaseCheckpoint:
     def of(cls, base: str | os.PathLike | BaseCheckpoint) -> BaseCheckpoint:
         """The checkpoint itself, or that of a directory."""
         return base if isinstance(base, BaseCheckpoint) else cls(base)
+
+    def changed(self) -> list[Path]:
+        """Its files that have been written to, replaced or removed since they were read here."""
+        return [path for path, found in self._as_read.items() if _identity(path) != found]
 
     @cached_property
     def coded(self) -> dict[str, Coded]:
@@ -246,8 +255,7 @@ class BaseCheckpoint:
             sha.update(weight.bytes(0, _SAMPLE))
         return sha.hexdigest()
 
-    def _config(self) -> dict[str, Any]:
-        path = self.directory / "config.json"
+    def _config(self, path: Path) -> dict[str, Any]:
         if not path.exists():
             raise UsageError(
                 f"{self.directory} has no config.json; expected the directory of a Hugging Face checkpoint"
@@ -257,9 +265,8 @@ class BaseCheckpoint:
             raise ValueError(f"{path}: text_config is {config['text_config']!r:.80}, expected an object")
         return config
 
-    def _tensors(self) -> dict[str, Stored]:
+    def _tensors(self, files: list[Path], named: dict[str, str]) -> dict[str, Stored]:
         weights: dict[str, Stored] = {}
-        files, named = self._files()
         for path in files:
             for name, stored in read_header(path).tensors.items():
                 if name in weights:
@@ -270,9 +277,8 @@ class BaseCheckpoint:
                 raise ValueError(f"{self.directory}: {INDEX} says that {name!r:.120} is in {file}, which has it not")
         return weights
 
-    def _files(self) -> tuple[list[Path], dict[str, str]]:
+    def _files(self, index: Path) -> tuple[list[Path], dict[str, str]]:
         """The safetensors files, and what the index says: name of a weight -> name of its file."""
-        index = self.directory / INDEX
         if not index.exists():
             single = self.directory / _SINGLE
             if not single.exists():
@@ -290,3 +296,8 @@ class BaseCheckpoint:
         if missing:
             raise ValueError(f"{self.directory}: {INDEX} names {', '.join(missing)}, which is not there")
         return files, weight_map
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file is written to or replaced; None while there is none."""
+    return identity(path.stat()) if path.exists() else None

@@ -88,9 +88,15 @@ def table(report: Report) -> str:
     lines = [f"{name:<13} {value}" for name, value in rows]
     lines += [f"{'warning':<13} {message}" for message in _shortened(report.warnings)]
     lines += [f"{'PROBLEM':<13} {message}" for message in _shortened(report.problems)]
+    return "\n".join([*lines, verdict(report)])
+
+
+def verdict(report: Report) -> str:
+    """The last line: a good adapter that some loader would take half of is not simply ok."""
+    if report.not_whole_in and report.ok:
+        return f"ok, but not whole in {'; nor in '.join(report.not_whole_in)}"
     count = len(report.problems)
-    lines.append("ok" if report.ok else f"not ok: {count} problem{'s' if count > 1 else ''}")
-    return "\n".join(lines)
+    return "ok" if report.ok else f"not ok: {count} problem{'s' if count > 1 else ''}"
 
 
 def how_to_load(quant: BaseQuant) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +66,24 @@ def export_peft(
     return Path(out_dir)
 
 
-def gather_projections(model) -> list[Projection] | None:
+def gather_projections(
+    model, values: Callable[[LoRALinear], AbstractContextManager] | None = None
+) -> list[Projection] | None:
     """Every adapted projection whole, in layer order, on rank 0. Other ranks get a part of them, or None.
 
     Experts travel stacked, as they lie in the model, and are told apart when they have arrived: neither the number of
     collectives nor what is done per message grows with the number of experts.
 
+    Args:
+        values: what to be in while a linear's adapter is read; one at a time.
     Collectives:
         per linear at most one all_gather over its tensor-parallel group (three of unequal shares) and, of experts,
         one gather over the expert group; one gather_object over the pipeline group.
     """
-    local = [projection for linear in iter_adapters(model) for projection in _whole(linear)]
+    local: list[Projection] = []
+    for linear in iter_adapters(model):
+        with values(linear) if values else nullcontext():
+            local += _whole(linear)
     # Rank 0 is first in its expert group, and so are its peers of the other pipeline stages in theirs.
     found = gather_on_first(local, pipeline_group())
     if found is None:

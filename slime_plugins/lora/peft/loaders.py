@@ -7,8 +7,9 @@ taken to be started with its defaults, and with the adapter's own targets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.peft.experts_export import FUSED_ALONE
@@ -31,14 +32,32 @@ class Adapted:
     """What an adapter holds, to a loader."""
 
     base: BaseCheckpoint
+    modules: frozenset[str]
+    """By their names in the adapter."""
     spelling: str
     """One of ``base.spelling.SPELLINGS``."""
     fused: bool
     """Are its experts in PEFT's fused form?"""
 
+    @cached_property
+    def leaves(self) -> frozenset[str]:
+        """Last parts of the names: what a server takes for its targets."""
+        return frozenset(module.rpartition(".")[2] for module in self.modules)
+
+    @cached_property
+    def experts_in_part(self) -> frozenset[str]:
+        """``...mlp.experts`` of which something is adapted and, of some expert that the base has, a linear is not."""
+        lost = map(experts_of, self.base.names(self.spelling).keys() - self.modules)
+        adapted = set(map(experts_of, self.modules))
+        return frozenset(experts for experts in lost if experts is not None and experts in adapted)
+
     def text_model(self) -> bool:
         """Is it for the language model alone of a base that sees images?"""
         return self.spelling == "text" and self.base.named(self.base.layer_prefix, "module") != "model.layers."
+
+    def beside(self, module: str, leaf: str) -> bool:
+        """Is the module ``leaf`` of the same parent adapted, too?"""
+        return f"{module.rpartition('.')[0]}.{leaf}" in self.modules
 
     def is_tower(self, module: str) -> bool:
         """Is a module (by its name in the adapter) in no layer of the language model, nor its head?"""
@@ -60,9 +79,9 @@ class Rule:
     """The version of the loader from which it does not hold any more."""
 
 
-def left_out(adapted: Adapted, modules: Iterable[str]) -> dict[str, dict[Rule, list[str]]]:
+def left_out(adapted: Adapted) -> dict[str, dict[Rule, list[str]]]:
     """Loader -> rule -> modules that it leaves out, or at which it stops; {} for a loader that takes them all."""
-    modules = sorted(modules)
+    modules = sorted(adapted.modules)
     found: dict[str, dict[Rule, list[str]]] = {}
     for loader, rules in _RULES.items():
         reasons: dict[Rule, list[str]] = {}
@@ -74,9 +93,9 @@ def left_out(adapted: Adapted, modules: Iterable[str]) -> dict[str, dict[Rule, l
     return found
 
 
-def misnamed(adapted: Adapted, modules: Iterable[str]) -> list[str]:
+def misnamed(adapted: Adapted) -> list[str]:
     """Modules whose names PEFT does not find in the model that transformers makes of the base's files."""
-    return sorted(m for m in modules if _peft_names(adapted, m) or _other_class(adapted, m))
+    return sorted(m for m in adapted.modules if _peft_names(adapted, m) or _other_class(adapted, m))
 
 
 def describe(reasons: dict[Rule, list[str]], count: int) -> str:
@@ -100,6 +119,19 @@ def warnings(found: dict[str, dict[Rule, list[str]]], count: int) -> list[str]:
         for loader, reasons in found.items()
         for rule, modules in reasons.items()
         if rule.warns
+    ]
+
+
+def not_whole(found: dict[str, dict[Rule, list[str]]], count: int) -> list[str]:
+    """Who leaves something out without an error that nobody has asked for: one line for every rule."""
+    loaders: dict[tuple[Rule, int], list[str]] = {}
+    for loader, reasons in found.items():
+        for rule, modules in reasons.items():
+            if rule.warns and not rule.refuses:
+                loaders.setdefault((rule, len(modules)), []).append(loader)
+    return [
+        f"{', '.join(who)}: {left} of {count} modules are left out without an error: {rule.why}"
+        for (rule, left), who in loaders.items()
     ]
 
 
@@ -143,6 +175,10 @@ def _other_form_than_vllms(adapted: Adapted, module: str) -> bool:
     return experts_of(module) is not None and adapted.fused is not stacked
 
 
+def _experts_in_part(adapted: Adapted, module: str) -> bool:
+    return not adapted.fused and experts_of(module) in adapted.experts_in_part
+
+
 def _stops_at_tower(adapted: Adapted, module: str) -> bool:
     """Has SGLang no room for its leaf, or does it take it for a layer of the language model?"""
     leaf_is_known = module.rpartition(".")[2] in _LEAVES_OF_SGLANG and ".layers." not in module
@@ -151,6 +187,10 @@ def _stops_at_tower(adapted: Adapted, module: str) -> bool:
 
 def _linear_attention_in_pieces(adapted: Adapted, module: str) -> bool:
     return ".linear_attn.in_proj_" in module and adapted.base.text_config.get("model_type") != "qwen3_next"
+
+
+def _gates_of_linear_attention(adapted: Adapted, module: str) -> bool:
+    return ".linear_attn." in module and module.endswith((".in_proj_a", ".in_proj_b", ".in_proj_ba"))
 
 
 def _no_room_in_qwen3_next(adapted: Adapted, module: str) -> bool:
@@ -164,8 +204,40 @@ def _shared_of_qwen2(adapted: Adapted, module: str) -> bool:
     return ".shared_expert." in module and family in ("qwen2_moe", "qwen3_next")
 
 
+def _part_of_qkv(adapted: Adapted, module: str) -> bool:
+    """It makes zeros for k_proj where that is missing, and looks for v_proj beside every q_proj."""
+    stacked = module.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj") and not adapted.base.mla
+    return stacked and not (adapted.beside(module, "q_proj") and adapted.beside(module, "v_proj"))
+
+
+def _up_without_gate(adapted: Adapted, module: str) -> bool:
+    return module.endswith(".up_proj") and not adapted.beside(module, "gate_proj")
+
+
+def _part_of_latent(adapted: Adapted, module: str) -> bool:
+    """Where the query has a rank: without one there is no q_a_proj to stack with."""
+    parts = ("q_a_proj", "kv_a_proj_with_mqa")
+    stacked = module.rpartition(".")[2] in parts and bool(adapted.base.text_config.get("q_lora_rank"))
+    return stacked and not all(adapted.beside(module, part) for part in parts)
+
+
+def _latent_without_query_rank(adapted: Adapted, module: str) -> bool:
+    direct = adapted.base.mla and not adapted.base.text_config.get("q_lora_rank")
+    return direct and module.rpartition(".")[2] in ("q_proj", "kv_a_proj_with_mqa")
+
+
+def _experts_by_half(adapted: Adapted, module: str) -> bool:
+    """Its experts are one module, made ready where gate or up is a target, and down: anybody's, not only theirs."""
+    if experts_of(module) is None:
+        return False
+    leaves = adapted.leaves
+    return not (leaves & {"gate_proj", "up_proj"} and "down_proj" in leaves)
+
+
 _FOR_TEXT = Rule("named for the language model's own class, it acts on that alone", _other_class, warns=False)
-_ONE_BY_ONE = Rule("of this family it reads fused experts alone: --moe-format fused", _experts_one_by_one)
+_ONE_BY_ONE = Rule(
+    "experts of this family are read in the fused form alone: export it with --moe-format fused", _experts_one_by_one
+)
 _FUSED = Rule("it reads experts one by one: --moe-format per-expert", _experts_fused, warns=False, refuses=True)
 _RULES: dict[str, tuple[Rule, ...]] = {
     PEFT: (_FOR_TEXT, Rule("it goes by the names of modules: --names module", _peft_names, warns=False), _ONE_BY_ONE),
@@ -179,6 +251,12 @@ _RULES: dict[str, tuple[Rule, ...]] = {
             "it reads the other form of this base's experts: --moe-format",
             _other_form_than_vllms,
             warns=False,
+            refuses=True,
+        ),
+        Rule(
+            "it packs all linears of all experts of a layer and stops where one has no adapter; merge the adapter "
+            "into its base",
+            _experts_in_part,
             refuses=True,
         ),
         Rule("its map had the names of modules alone: --names module", _vllm_names, warns=False, before="0.33"),
@@ -196,6 +274,11 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         Rule("it has no room for adapters of such modules", _stops_at_tower, refuses=True),
         Rule("it serves the language model's layers alone", Adapted.is_tower),
         Rule(
+            "it serves no adapter of the gates of linear attention; merge the adapter into its base",
+            _gates_of_linear_attention,
+            refuses=True,
+        ),
+        Rule(
             "it takes q, k and v of linear attention one by one: use --lora-sync, or merge the adapter into its base",
             _linear_attention_in_pieces,
             refuses=True,
@@ -212,8 +295,39 @@ _RULES: dict[str, tuple[Rule, ...]] = {
             refuses=True,
             before="0.5.23",
         ),
-        Rule("it serves no adapter of the router", lambda adapted, m: m.endswith(".mlp.gate"), refuses=True),
+        Rule(
+            "it serves no adapter of the router; merge the adapter into its base",
+            lambda adapted, m: m.endswith(".mlp.gate"),
+            refuses=True,
+        ),
+        Rule(
+            "it stacks q, k and v and takes an adapter of q_proj and v_proj at least; merge the adapter into its base",
+            _part_of_qkv,
+            refuses=True,
+        ),
+        Rule(
+            "it stacks gate and up and takes no adapter of up_proj alone; merge the adapter into its base",
+            _up_without_gate,
+            refuses=True,
+        ),
+        Rule(
+            "it stacks q_a_proj and kv_a_proj_with_mqa and takes an adapter of both or of neither; merge the adapter "
+            "into its base",
+            _part_of_latent,
+            refuses=True,
+        ),
+        Rule(
+            "of latent attention without q_lora_rank it takes no adapter of q_proj and kv_a_proj_with_mqa; merge the "
+            "adapter into its base",
+            _latent_without_query_rank,
+            refuses=True,
+        ),
         _FUSED,
+        Rule(
+            "it applies adapters of experts only where it is told all three linears: start it with "
+            "--lora-target-modules, and gate_proj, up_proj and down_proj among them",
+            _experts_by_half,
+        ),
     ),
 }
 """Loader -> why modules are left out, or refused."""

@@ -28,7 +28,7 @@ from slime_plugins.lora.peft.config import is_target, key_of, module_scaling, pa
 from slime_plugins.lora.peft.directory import AdapterTensors, open_tensors, read_config
 from slime_plugins.lora.peft.experts_form import per_expert
 from slime_plugins.lora.peft.extra import FILE, FOLDER, extra_names, extra_problems
-from slime_plugins.lora.peft.loaders import SGLANG, VLLM, Adapted, describe, left_out, misnamed, warnings
+from slime_plugins.lora.peft.loaders import SGLANG, VLLM, Adapted, describe, left_out, misnamed, not_whole, warnings
 from slime_plugins.lora.peft.rows import ALONE, ids_of, rows_in
 
 
@@ -72,6 +72,8 @@ class Report:
     """How its modules are spelled, one of ``base.spelling.SPELLINGS``; known with a base."""
     loaders: dict[str, str] = field(default_factory=dict)
     """Who takes the file, and what of it is left out without an error; known with a base."""
+    not_whole_in: list[str] = field(default_factory=list)
+    """Loaders that leave some of it out without an error, with the reason and what to do; known with a base."""
     base_quant: dict[str, Any] | None = None
     """What the base was stored as while it was trained (``BaseQuant``); None: dense, or not noted."""
 
@@ -175,16 +177,17 @@ def _against_base(
     report.problems += [Problem(kind="base", message=other)] if other else []
     modules = {module for module, _ in shapes}
     report.names = base.spelling_of(modules) if names is None else names
-    adapted = Adapted(base, report.names, fused=fused)
+    adapted = Adapted(base, frozenset(modules), report.names, fused=fused)
     if names is None:
-        report.problems += _name_problems(adapted, modules)
+        report.problems += _name_problems(adapted)
     if config.get("peft_type") != ALONE:
         report.problems += _base_problems(config, shapes, base, report)
     report.problems += _idle_rows(config, tensors, base, adapts=bool(modules))
     if modules & base.names(report.names).keys():
-        left = left_out(adapted, modules)
+        left = left_out(adapted)
         report.loaders = {loader: describe(reasons, len(modules)) for loader, reasons in left.items()}
         report.warnings += [Problem(kind="loader", message=line) for line in warnings(left, len(modules))]
+        report.not_whole_in = not_whole(left, len(modules))
     if ids_of(config):
         report.loaders |= dict.fromkeys((VLLM, SGLANG), "does not serve trained vocabulary rows")
 
@@ -321,9 +324,9 @@ _SPELLED = {
 }
 
 
-def _name_problems(adapted: Adapted, modules: Iterable[str]) -> Iterable[Problem]:
+def _name_problems(adapted: Adapted) -> Iterable[Problem]:
     """Names under which PEFT loads nothing."""
-    base, moved = adapted.base, misnamed(adapted, modules)
+    base, moved = adapted.base, misnamed(adapted)
     if moved:
         called = base.module(base.names(adapted.spelling)[moved[0]])
         yield Problem(

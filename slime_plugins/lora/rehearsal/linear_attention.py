@@ -30,7 +30,7 @@ class LinearAttention(MegatronModule):
         super().__init__(config=config)
         from transformers import AutoConfig
 
-        hf = AutoConfig.from_pretrained(hf_dir)
+        hf = AutoConfig.from_pretrained(hf_dir).get_text_config()
         module, name = _NETS[hf.model_type]
         net: Any = getattr(importlib.import_module(f"transformers.models.{module}"), name)
         self.linear_attn = net(hf, layer_number - 1).to(config.params_dtype)

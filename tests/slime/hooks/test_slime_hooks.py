@@ -149,6 +149,16 @@ def test_adapter_sync(pool2, hf_dir, tmp_path, colocate):
     assert other["names"] == [] and set(other["sent"]) == {0}
 
 
+def test_an_adapter_sync_holds_one_linear_and_reads_the_base_once(pool2, hf_dir, tmp_path):
+    """Of a base whose files have changed since, the headers are read again."""
+    first, other = pool2.run(on_ranks.adapter_sync_costs, hf_dir, tmp_path, tp=2)
+    for seen in (first, other):
+        assert seen["most"] == 2, "more on the device at once than A and B of one linear"
+        assert seen["left"] == 0
+    files = len(list(hf_dir.glob("*.safetensors")))
+    assert first["headers"] == [files, files, 2 * files] and other["headers"] == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     "answer, reason",
     [

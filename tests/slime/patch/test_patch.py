@@ -6,6 +6,7 @@ Run: pytest tests/slime/patch/test_patch.py
 import os
 import re
 import subprocess
+import tokenize
 
 import pytest
 from slime_checkouts import ACTOR, COMMON, FILES, contents, git
@@ -51,6 +52,29 @@ def test_every_edit_lies_where_it_belongs(slime):
         assert re.search(expected.replace("MARK", mark), actor), expected
     streaming = (slime / "slime/rollout/sglang_streaming_rollout.py").read_text()
     assert f"payload = {{\n        **slime_lora.request_fields(url),  {edits.MARK}\n        'sampling" in streaming
+
+
+def test_a_text_is_tokenised_once(slime, monkeypatch):
+    """However many edits go into a file, and however often it is asked for."""
+    edits._comments.cache_clear()  # of other tests
+    texts, tokenise = [], tokenize.generate_tokens
+
+    def counting(readline):
+        lines = list(iter(readline, ""))
+        texts.append("".join(lines))
+        rest = iter(lines)
+        return tokenise(lambda: next(rest, ""))
+
+    monkeypatch.setattr(tokenize, "generate_tokens", counting)
+    made = checkout.plan(slime)
+    edited = {edited.decode() for _, _, edited in made.files.values()}
+    assert sorted(texts) == sorted(edited)
+    checkout.apply(made)
+    for _ in range(2):
+        assert checkout.plan(slime).applied
+    checkout.dirty_files(slime)
+    checkout.revert(slime)
+    assert sorted(texts) == sorted(edited)
 
 
 def test_every_hook_that_a_seam_names_exists():

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from slime_plugins.lora.adapters import config_of, has_adapters, iter_adapters
+from slime_plugins.lora.adapters import config_of, has_adapters
 from slime_plugins.lora.base.checkpoint import BaseCheckpoint
 from slime_plugins.lora.ends.export import gather_projections
 from slime_plugins.lora.peft.dialect import for_sglang
@@ -66,6 +66,7 @@ class AdapterUpdater:
         self._loaded: list[tuple[str, list]] = []
         """Adapters on engines and which engines those are, the oldest first."""
         self._to_announce: str | None = None
+        self._known_base: BaseCheckpoint | None = None
 
     def connect_rollout_engines(self, rollout_engines, rollout_engine_lock, *more, **kwargs) -> None:
         """Take the engines that there are now; no process group is needed."""
@@ -88,14 +89,11 @@ class AdapterUpdater:
         self.weight_version += 1
         if config_of(self.model).trainable_token_indices:
             raise RuntimeError("trained vocabulary rows cannot be sent as an adapter; use --lora-sync merged")
-        with contextlib.ExitStack() as values:
-            for linear in iter_adapters(self.model):
-                values.enter_context(self._policies.adapter_values(linear))
-            projections = gather_projections(self.model)
+        projections = gather_projections(self.model, self._policies.adapter_values)
         problem = None
         if dist.get_rank() == 0:
             try:
-                base = BaseCheckpoint(self.args.hf_checkpoint)
+                base = self._base()
                 config, tensors = to_peft(projections or [], base, dropout=config_of(self.model).dropout)
                 validate_adapter(config, tensors)
                 config, tensors = for_sglang(config, tensors, base)
@@ -114,6 +112,19 @@ class AdapterUpdater:
 
             ray.get(actor.rollout_manager.use_lora_adapter.remote(self._to_announce))
             self._to_announce = None
+
+    def _base(self) -> BaseCheckpoint:
+        """``--hf-checkpoint``, read once; again only if its files are others by now."""
+        if self._known_base is not None and (changed := self._known_base.changed()):
+            logger.warning(
+                "LoRA: %s has changed since it was read: it is read again; an engine that starts from now on may hold "
+                "another base than the one that trains",
+                changed[0],
+            )
+            self._known_base = None
+        if self._known_base is None:
+            self._known_base = BaseCheckpoint(self.args.hf_checkpoint)
+        return self._known_base
 
     def _load(self, name: str, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Unload what no request may name any more, load this. ``tensors`` is emptied on the way."""

@@ -160,6 +160,7 @@ class Policies:
         if not getattr(self._args, "offload_train", False):
             return contextlib.nullcontext()
         if self._on_device is None or self._on_device[0] is not carrier:
+            self._on_device = None  # what it held goes before the next comes
             index = next(i for i, other in enumerate(self._carriers) if other is carrier)
             device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
             values = {name: copy.to(device) for name, copy in self._adapters["actor"][index].items()}

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from slime_plugins.lora.errors import UsageError
 from slime_plugins.lora.slime.patch import plugin, sources
 from slime_plugins.lora.slime.patch.edits import (
+    Edit,
     MissingSeamError,
     NotPythonError,
-    insert,
+    Source,
     marked_lines,
     strangers,
     strip,
@@ -71,7 +72,16 @@ def plan(slime_dir: str | os.PathLike) -> Plan:
         UsageError: not a slime checkout.
     """
     root = root_of(slime_dir)
-    texts: dict[str, str] = {}
+    with contextlib.suppress(MissingSeamError, NotPythonError):
+        made = _plan(root, Source.draft)
+        if not made.problems:
+            return made  # all edits of a file have been read at once: none needs to be read alone
+    return _plan(root, Source.insert)
+
+
+def _plan(root: Path, attempt: Callable[[Source, Sequence[Edit]], str]) -> Plan:
+    """``attempt``: what one edit has to get through. Raises what ``Source.insert`` does."""
+    texts: dict[str, Source] = {}
     chosen: dict[str, list] = {}
     problems: dict[str, str] = {}
     absent = []
@@ -81,7 +91,7 @@ def plan(slime_dir: str | os.PathLike) -> Plan:
             continue
         reasons = []
         for path, edit in seam.edits:
-            reason = _reason_against(root, path, edit, texts)
+            reason = _reason_against(root, path, edit, texts, attempt)
             if reason:
                 reasons.append(f"{path}: {reason}")
             elif not (seam.either and _is_chosen(seam, chosen)):
@@ -94,8 +104,8 @@ def plan(slime_dir: str | os.PathLike) -> Plan:
     files = {}
     if not problems:
         for path, edits in sorted(chosen.items()):
-            edited = insert(texts[path], [edit for _, edit in edits])
-            files[path] = ((root / path).read_bytes(), sources.encode(texts[path]), sources.encode(edited))
+            edited = texts[path].insert([edit for _, edit in edits])
+            files[path] = ((root / path).read_bytes(), sources.encode(texts[path].text), sources.encode(edited))
     return Plan(root, files, problems, tuple(absent))
 
 
@@ -231,7 +241,9 @@ def _hunks(lines: list[tuple[str, bool]]) -> Iterable[str]:
         before += not ours[i]
 
 
-def _reason_against(root: Path, path: str, edit, texts: dict[str, str]) -> str | None:
+def _reason_against(
+    root: Path, path: str, edit: Edit, texts: dict[str, Source], attempt: Callable[[Source, Sequence[Edit]], str]
+) -> str | None:
     if path not in texts:
         reason = sources.reason_against(root, path)
         if reason:
@@ -242,11 +254,11 @@ def _reason_against(root: Path, path: str, edit, texts: dict[str, str]) -> str |
         except UnicodeEncodeError:
             return "not UTF-8"
         try:
-            texts[path] = strip(text)
+            texts[path] = Source(strip(text))
         except NotPythonError as error:
             return str(error)
     try:
-        insert(texts[path], [edit])
+        attempt(texts[path], [edit])
     except (NotPythonError, MissingSeamError) as error:
         return str(error)
     return None

@@ -14,7 +14,10 @@ import io
 import re
 import tokenize
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
 
 MARK = "# [slime-lora]"
 MODULE = "slime_lora"
@@ -49,6 +52,13 @@ class Insertion:
     """None: not indented."""
     column: int = 0
     """Where that statement begins: with anything but white space before it, it shares its line, and is refused."""
+
+
+class Edit(Protocol):
+    """One of the classes below."""
+
+    def place(self, tree: ast.Module) -> Insertion:
+        """Where it goes, and what. Raises MissingSeamError."""
 
 
 @dataclass(frozen=True)
@@ -198,30 +208,40 @@ def find(tree: ast.Module, symbol: str) -> ast.AST:
     return node
 
 
-def insert(source: str, edits) -> str:
-    """The source with every edit in it, and the import of the hooks in front of the first definition.
+class Source:
+    """A text without edits of ours (see ``strip``), line ends as in the file, parsed once for all edits.
 
-    Args:
-        source: text without edits of ours (see ``strip``), line ends as in the file.
-    Raises:
-        MissingSeamError: naming what was looked for; NotPythonError.
+    Raises NotPythonError.
     """
-    tree = parse(source)
-    insertions = [_import(tree), *(edit.place(tree) for edit in edits)]
-    before = split_lines(source)
-    newline = "\r\n" if before[0].endswith("\r\n") else "\n"
-    for number, line in enumerate(before, 1):
-        if not line.endswith("\n"):  # git and editors do not call a lone CR a line end
-            raise MissingSeamError(f"line {number} ends in {'a lone CR' if line.endswith(chr(13)) else 'no line end'}")
-    # From the bottom up, equal lines last edit first: every insertion pushes down what is already in place.
-    lines = list(before)
-    for _, insertion in sorted(enumerate(insertions), key=lambda item: (item[1].line, item[0]), reverse=True):
-        lines.insert(insertion.line, f"{_indentation(before, insertion)}{insertion.text}  {MARK}{newline}")
-    result = "".join(lines)
-    parse(result)
-    if strip(result) != source:
-        raise MissingSeamError("the edit would land inside a string")
-    return result
+
+    def __init__(self, text: str) -> None:
+        self.text, self._tree, self._lines = text, parse(text), split_lines(text)
+
+    def insert(self, edits: Sequence[Edit]) -> str:
+        """The text with every edit in it, and the import of the hooks in front of the first definition.
+
+        Raises:
+            MissingSeamError: naming what was looked for; NotPythonError: with an edit in it, it is none.
+        """
+        result = self.draft(edits)
+        parse(result)
+        if strip(result) != self.text:
+            raise MissingSeamError("the edit would land inside a string")
+        return result
+
+    def draft(self, edits: Sequence[Edit]) -> str:
+        """The same, not read again: a line may lie in a string, or be no Python there. Raises MissingSeamError."""
+        insertions = [_import(self._tree), *(edit.place(self._tree) for edit in edits)]
+        newline = "\r\n" if self._lines[0].endswith("\r\n") else "\n"
+        for number, line in enumerate(self._lines, 1):
+            if not line.endswith("\n"):  # git and editors do not call a lone CR a line end
+                end = "a lone CR" if line.endswith("\r") else "no line end"
+                raise MissingSeamError(f"line {number} ends in {end}")
+        # From the bottom up, equal lines last edit first: every insertion pushes down what is already in place.
+        lines = list(self._lines)
+        for _, insertion in sorted(enumerate(insertions), key=lambda item: (item[1].line, item[0]), reverse=True):
+            lines.insert(insertion.line, f"{_indentation(self._lines, insertion)}{insertion.text}  {MARK}{newline}")
+        return "".join(lines)
 
 
 def parse(source: str) -> ast.Module:
@@ -266,7 +286,7 @@ def marked_lines(source: str) -> list[tuple[str, bool]]:
     """
     lines = split_lines(source)
     shaped = {i for i, line in enumerate(lines) if is_ours(line)}
-    comments, readable = _comments(lines) if shaped else (set(), 0)
+    comments, readable = _comments(source) if shaped else (frozenset(), 0)
     unclear = [i for i in shaped if i >= readable]
     if unclear:
         raise NotPythonError(
@@ -281,8 +301,10 @@ def is_ours(line: str) -> bool:
     return _SHAPE.fullmatch(line) is not None
 
 
-def _comments(lines: list[str]) -> tuple[set[int], int]:
+@lru_cache(maxsize=64)  # a verb asks of the same few files again and again
+def _comments(source: str) -> tuple[frozenset[int], int]:
     """Lines, from 0, that end in a comment which is our mark; and how many lines Python could read."""
+    lines = split_lines(source)
     plain = (line.rstrip("\r\n") + "\n" for line in lines)
     found, readable = set(), 0
     try:
@@ -291,8 +313,8 @@ def _comments(lines: list[str]) -> tuple[set[int], int]:
             if token.type == tokenize.COMMENT and token.string == MARK:
                 found.add(token.start[0] - 1)
     except (tokenize.TokenError, SyntaxError, ValueError):
-        return found, readable
-    return found, len(lines)
+        return frozenset(found), readable
+    return frozenset(found), len(lines)
 
 
 def _indentation(lines: list[str], insertion: Insertion) -> str:
