@@ -249,6 +249,20 @@ def test_experts_and_shared_experts_are_served_apart():
     assert args.sglang_disable_shared_experts_fusion
 
 
+def test_targets_that_sglang_was_given_have_all_that_is_sent():
+    """It leaves out experts in silence where it was told gate, up or down alone, and refuses the adapter elsewhere."""
+    words = ("--use-lora", "--lora-sync", "adapter", "--lora-target-modules", "experts.linear_fc2")
+    own = dict(colocate=True, **SHARED)
+    refused(
+        "--sglang-lora-target-modules has no gate_proj up_proj, which the adapter needs; add them, or drop the flag",
+        *words, sglang_lora_target_modules=["down_proj", "q_proj"], **own,
+    )  # fmt: skip
+    for enough in (["all"], ["down_proj", "q_proj", "up_proj", "gate_proj"]):
+        args = parse(*words, sglang_lora_target_modules=enough, **own)
+        slime_validate_args(args)
+        assert args.sglang_lora_target_modules == enough
+
+
 def test_how_many_versions_stay_loaded():
     for words, settings, kept in (
         ("", {}, 2),

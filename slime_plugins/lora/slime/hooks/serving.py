@@ -50,7 +50,15 @@ def _set_sizes(args: Namespace) -> None:
         raise UsageError(f"--sglang-max-lora-rank is {args.sglang_max_lora_rank}, but the adapter has rank {rank}")
     args.sglang_enable_lora = True
     args.sglang_max_lora_rank = args.sglang_max_lora_rank or rank
-    args.sglang_lora_target_modules = args.sglang_lora_target_modules or projections(args)
+    needed = projections(args)
+    targets = args.sglang_lora_target_modules or needed
+    missing = [] if "all" in targets else [leaf for leaf in needed if leaf not in targets]
+    if missing:
+        raise UsageError(
+            f"--sglang-lora-target-modules has no {' '.join(missing)}, which the adapter needs; add them, or drop the "
+            "flag"
+        )
+    args.sglang_lora_target_modules = targets
     kept, slots = versions_kept(args), getattr(args, "sglang_max_loras_per_batch", None)
     if slots == SGLANG_LORAS_PER_BATCH:
         args.sglang_max_loras_per_batch = kept  # each takes GPU memory, also while the trainer has the GPU
