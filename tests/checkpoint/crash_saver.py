@@ -94,6 +94,7 @@ def trial(hf_dir: str, root: str, first_step: int, async_save: bool, rng: random
     while data := os.read(read, 4096):
         finished += data
     os.close(read)
+    Path(store).unlink(missing_ok=True)  # the killed ranks' meeting place
     return int(finished.split()[-1])
 
 
