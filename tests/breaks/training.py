@@ -205,4 +205,28 @@ BREAKS = [
         "adapters_disabled(self.chunks)",
         "tests/rehearsal/test_control.py -m slow -k start_as_reference",
     ),
+    Break(
+        "sync",
+        "let SGLang be told fewer targets than the adapter has",
+        "slime/hooks/serving.py::_set_sizes",
+        "if missing:",
+        "if False:",
+        "tests/slime/hooks/test_slime_launch.py -k targets_that",
+    ),
+    Break(
+        "sync",
+        "keep a linear's copy of the adapter while the next one's is fetched",
+        "slime/hooks/policies.py::Policies.adapter_values",
+        "self._on_device = None  #",
+        "pass  #",
+        "tests/slime/hooks/test_slime_hooks.py -k holds_one_linear",
+    ),
+    Break(
+        "sync",
+        "go by a base that has been written anew since it was read",
+        "slime/hooks/adapter_sync.py::AdapterUpdater._base",
+        "self._known_base.changed()",
+        "[]",
+        "tests/slime/hooks/test_slime_hooks.py -k holds_one_linear",
+    ),
 ]
