@@ -83,6 +83,40 @@ def test_is_as_exact_as_the_taps_in_bf16(te_pool2, base, config, te):
         assert max(taps) <= 0.1
 
 
+def through_megatrons_swiglu(layout: Layout, hf_dir, te):
+    """Difference of A's and B's gradients, fused against taps; how often each has run SwiGLU."""
+    found, calls = {}, {}
+    for linears in ("taps", "fused"):
+        chunks = adapted.adapted_chunks(
+            hf_dir, CONFIG, sp=layout.sp, layer_spec=te_layer_spec if te else None, linears=linears, recompute=None
+        )
+        chunks[0].config.bias_activation_fusion = True
+        adapted.randomize(chunks)
+        backward = mock.patch.object(fused_bias_swiglu, "swiglu_back", uncompiled(fused_bias_swiglu.swiglu_back))
+        with (
+            backward,
+            mock.patch.object(fused_bias_swiglu, "swiglu", wraps=uncompiled(fused_bias_swiglu.swiglu)) as one,
+        ):
+            model = adapted.wrap(chunks, distributed_optimizer=False)
+            adapted.train_step(model, None, TOKENS)
+        calls[linears] = one.call_count
+        found[linears] = torch.cat([p.main_grad.flatten() for x in iter_adapters(model) for p in (x.lora_A, x.lora_B)])
+    return adapted.relative(found["fused"] - found["taps"], found["taps"]), calls["taps"], calls["fused"]
+
+
+def uncompiled(function):
+    """Megatron's, before it is compiled."""
+    return getattr(function, "_torchdynamo_orig_callable", function)
+
+
+@pytest.mark.parametrize("te", [False, True], ids=["local", "te"])
+@pytest.mark.parametrize("sp", [False, True])
+def test_an_input_of_megatrons_swiglu(te_pool2, base, te, sp):
+    """Made again, one more call a layer, and the same gradients."""
+    for error, by_taps, fused in te_pool2.run(through_megatrons_swiglu, base, te, tp=2, sp=sp):
+        assert error <= 1e-5 and by_taps > 0 and fused == 2 * by_taps
+
+
 def off(layout: Layout, hf_dir):
     """Largest difference between a TE model without adapters and the fused one with them off; and with B at zero."""
     plain = build_chunks(hf_dir, sequence_parallel=layout.sp, layer_spec=te_layer_spec)
@@ -167,9 +201,7 @@ ACTIVATIONS = {
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_an_input_is_made_again(name, monkeypatch):
     """Bit for bit, from what the graph keeps anyway; and not at all where that is another number or not kept."""
-    monkeypatch.setattr(
-        "megatron.core.fusions.fused_bias_swiglu.swiglu", fused_bias_swiglu.swiglu._torchdynamo_orig_callable
-    )
+    monkeypatch.setattr(fused_bias_swiglu, "swiglu", uncompiled(fused_bias_swiglu.swiglu))
     y = torch.randn(5, 2, 24, dtype=torch.bfloat16, requires_grad=True)
     scale = torch.randn(5, 2, 1, dtype=torch.bfloat16, requires_grad=True)
     kept = {}
