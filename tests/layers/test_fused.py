@@ -117,6 +117,32 @@ def test_an_input_of_megatrons_swiglu(te_pool2, base, te, sp):
         assert error <= 1e-5 and by_taps > 0 and fused == 2 * by_taps
 
 
+def remade_under(layout: Layout, hf_dir, fields):
+    """How many inputs were looked at, to be made again, in a forward and backward."""
+    chunks = adapted.adapted_chunks(hf_dir, CONFIG, linears="fused", recompute=None)
+    for name, value in fields.items():
+        setattr(chunks[0].config, name, value)
+    with mock.patch("slime_plugins.lora.layers.fused.remade", wraps=remade) as looked:
+        adapted.run_schedule(chunks, TOKENS)
+    return looked.call_count
+
+
+@pytest.mark.parametrize(
+    "fields, looks",
+    [
+        ({}, True),
+        (dict(recompute_granularity="selective", recompute_modules=["core_attn"]), True),
+        (dict(recompute_granularity="selective", recompute_modules=["mlp"]), False),
+        (dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1), False),
+        (dict(fine_grained_activation_offloading=True), False),
+    ],
+    ids=str,
+)
+def test_what_is_recomputed_anyway_is_kept(pool1, base, fields, looks):
+    [count] = pool1.run(remade_under, base, fields)
+    assert (count > 0) == looks
+
+
 def off(layout: Layout, hf_dir):
     """Largest difference between a TE model without adapters and the fused one with them off; and with B at zero."""
     plain = build_chunks(hf_dir, sequence_parallel=layout.sp, layer_spec=te_layer_spec)

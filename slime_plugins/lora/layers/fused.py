@@ -281,13 +281,14 @@ class Fused:
         self._ups = [(linear.lora, OneProduct(linear.lora, linear.lora_base.shape[0]))]
 
     @property
-    def _is_recomputed(self) -> bool:
-        """Is the layer made again in the backward, or its MLP? Then an input lives no longer than that, and to make it
-        once more would give nothing."""
+    def _remakes(self) -> bool:
+        """Is an input that can be made again let go? Not where the layer, or its MLP, is made again in the backward, and
+        the input lives no longer than that; nor where what the graph keeps may be on its way to the host."""
         config = self._linear.lora_base.config
-        return config.recompute_granularity == "full" or (
+        again = config.recompute_granularity == "full" or (
             config.recompute_granularity == "selective" and "mlp" in (config.recompute_modules or ())
         )
+        return not again and not getattr(config, "fine_grained_activation_offloading", False)
 
     def __call__(
         self,
@@ -316,7 +317,7 @@ class Fused:
             summed_once=linear.lora_base.tokens == "sequence",
         )
         A, B = (linear.lora_A, linear.lora_B) if linear.lora_enabled else (None, None)
-        again = remade(x) if A is not None and norm is None and not self._is_recomputed else None
+        again = remade(x) if A is not None and norm is None and self._remakes else None
         return _FusedLinear.apply(x, weight, bias, A, B, Operation(exchange, norm, self._up(linear.lora)), again)
 
     def _up(self, spec: AdapterSpec) -> OneProduct:
