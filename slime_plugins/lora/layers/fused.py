@@ -282,8 +282,8 @@ class Fused:
 
     @property
     def _remakes(self) -> bool:
-        """Is an input that can be made again let go? Not where the layer, or its MLP, is made again in the backward, and
-        the input lives no longer than that; nor where what the graph keeps may be on its way to the host."""
+        """Is an input that can be made again let go? Not where the layer, or its MLP, is made again in the backward
+        anyway: it lives no longer than that. Nor where what the graph keeps may be on its way to the host."""
         config = self._linear.lora_base.config
         again = config.recompute_granularity == "full" or (
             config.recompute_granularity == "selective" and "mlp" in (config.recompute_modules or ())
