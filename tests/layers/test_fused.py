@@ -38,8 +38,12 @@ def base(tmp_path_factory):
     return tiny(tmp_path_factory)
 
 
-def ways(layout: Layout, hf_dir, config, dtype, te):
-    """Error of the fused form against the taps, and against the taps in float32: (logits, A, B) of each; the ways."""
+def ways(layout: Layout, hf_dir, config, dtype, te, size):
+    """Error of the fused form against the taps, and against the taps in float32: (logits, A, B) of each; the ways.
+
+    Args:
+        size: how large a difference is, beside what it is to be.
+    """
     spec = te_layer_spec if te else None
     found = {}
     for linears, of in (("taps", torch.float32), ("taps", dtype), ("fused", dtype)):
@@ -54,11 +58,14 @@ def ways(layout: Layout, hf_dir, config, dtype, te):
         found[linears, of] = logits.float(), *(torch.cat([g.flatten() for g in half]) for half in zip(*grads))
     exact = found["taps", torch.float32]
     return [
-        tuple(
-            adapted.relative(one.double() - two.double(), two.double()) for one, two in zip(found[way, dtype], exact)
-        )
+        tuple(size(one.double() - two.double(), two.double()) for one, two in zip(found[way, dtype], exact))
         for way in ("fused", "taps")
     ]
+
+
+def by_norm(error, reference):
+    """Of all entries together: the largest of a few thousand roundings is a matter of luck."""
+    return (error.norm() / reference.norm()).item()
 
 
 SCALINGS = LoRAConfig(rank=4, alpha=12.0, layout="split", alpha_pattern={"k_proj": 3.0, "up_proj": 5.0})
@@ -70,7 +77,7 @@ WIDE = LoRAConfig(rank=4, alpha=12.0, dtype="float32")
 @pytest.mark.parametrize("config", [SCALINGS, RANKS], ids=["scalings", "ranks"])
 @pytest.mark.parametrize("sp", [False, True])
 def test_equals_the_taps(te_pool2, base, config, te, sp):
-    for fused, _ in te_pool2.run(ways, base, config, torch.float32, te, tp=2, sp=sp):
+    for fused, _ in te_pool2.run(ways, base, config, torch.float32, te, adapted.relative, tp=2, sp=sp):
         assert max(fused) <= 1e-5
 
 
@@ -78,8 +85,8 @@ def test_equals_the_taps(te_pool2, base, config, te, sp):
 @pytest.mark.parametrize("config", [CONFIG, WIDE], ids=["bf16", "float32 adapters"])
 def test_is_as_exact_as_the_taps_in_bf16(te_pool2, base, config, te):
     """bf16 has 8 bits, and neither way may lose more of them than the other: errors against float32."""
-    for fused, taps in te_pool2.run(ways, base, config, torch.bfloat16, te, tp=2, sp=True):
-        assert all(one <= 1.5 * two for one, two in zip(fused, taps)), (fused, taps)
+    for fused, taps in te_pool2.run(ways, base, config, torch.bfloat16, te, by_norm, tp=2, sp=True):
+        assert all(one <= 1.1 * two for one, two in zip(fused, taps)), (fused, taps)
         assert max(taps) <= 0.1
 
 
