@@ -221,7 +221,7 @@ class _FusedLinear(torch.autograd.Function):
         finish = None
         if wants_dx:
             dln_NI = scaled_mm(dh_NC, A_CI, up.scaling).addmm_(dy_NO, W)
-            finish = _dx(ctx, dln_NI, kept[0], rho)
+            finish = _dx(ctx, dln_NI, kept[0], rho)  # behind a norm kept[0] is x; else it is not looked at
         if sent is not None:
             sent.wait()
         A, B = ctx.parameters
